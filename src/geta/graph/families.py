@@ -1,0 +1,61 @@
+"""What the analysis finds: groups of indices that live and die together, gathered into families.
+
+Legend: `n` groups of a family, `m` indices of one group along one parameter dimension.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+
+Role = Literal["producer", "consumer", "buffer"]
+Selection = Mapping[str, torch.Tensor]
+"""Family name -> BoolTensor[n]; True = remove that group."""
+
+
+@dataclass(frozen=True)
+class Member:
+    """The part of one tensor that a family owns.
+
+    param: the user's own name (`layer1.0.conv1.weight`), of a parameter or a buffer; never a parametrization's name.
+    dim:   the dimension that shrinks.
+    index: int64 [n, m]; row i holds the indices along `dim` that group i owns.
+    role:  "producer" (its rows make the group), "consumer" (its columns only read the group), "buffer" (not trained).
+    zero:  True if removing the group requires this slice to be zero; False if the slice is only cut away.
+    """
+
+    param: str
+    dim: int
+    index: torch.Tensor = field(compare=False)
+    role: Role
+    zero: bool
+
+
+@dataclass(frozen=True)
+class Family:
+    """Groups that touch the same parameter dimensions, e.g. "the 12 heads of block 3".
+
+    name:      taken from the user's module paths; unique in its graph.
+    unit:      what one group is, in the plural: "channels", "heads", "neurons", "norm groups" ...
+    size:      number of groups n.
+    prunable:  whether groups may be removed.
+    reason:    in words: why not, or "" when prunable.
+    members:   everything that shrinks when a group is removed.
+    inexact:   why removal changes the result (only with `analyze(exact=False)`), else "".
+    """
+
+    name: str
+    unit: str
+    size: int
+    prunable: bool
+    reason: str
+    members: tuple[Member, ...]
+    inexact: str = ""
+
+    @property
+    def zeroed(self) -> tuple[Member, ...]:
+        """The members whose slices must be zero for a removed group."""
+        return tuple(member for member in self.members if member.zero)

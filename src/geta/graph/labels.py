@@ -1,0 +1,136 @@
+"""Labels: which unit an element of a tensor belongs to.
+
+A *label* is an integer id of one index of one parameter (or buffer) dimension. A *track* is an int64 tensor of the
+labelled tensor's own shape: entry = `2 * label + zero`, where the bit `zero` says that this element is zero once its
+unit's parameters are zero. Dimensions along which a track does not vary are stored with stride 0. A tensor has one track
+for each independent way in which its elements belong to units: a weight [O, I] has one for its rows and one for its columns.
+Label 0 means "belongs to no unit and must stay".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+FIXED = 0
+
+
+@dataclass(frozen=True)
+class Owner:
+    """A run of labels: dimension `dim` of tensor `tensor` (or of the tensor that graph node `node` creates)."""
+
+    tensor: str
+    node: str
+    dim: int
+    start: int
+    size: int
+
+
+class LabelSpace:
+    """Hands out labels and remembers who owns them."""
+
+    def __init__(self) -> None:
+        self.owners: list[Owner] = []
+        self.size = 1
+
+    def new(self, size: int, dim: int, *, tensor: str = "", node: str = "") -> tuple[torch.Tensor, int]:
+        """`size` fresh labels and the number of their owner."""
+        start = self.size
+        self.owners.append(Owner(tensor, node, dim, start, size))
+        self.size += size
+        return torch.arange(start, start + size, device="cpu"), len(self.owners) - 1
+
+    def owner_of(self, labels: np.ndarray) -> np.ndarray:
+        """Owner number of each label (labels >= 1)."""
+        starts = np.array([owner.start for owner in self.owners], dtype=np.int64)
+        return np.searchsorted(starts, labels, side="right") - 1
+
+
+@dataclass(frozen=True)
+class Track:
+    """`code` = 2 * label + zero, with the tensor's shape; `origins` = owners it comes from while it depends on no input."""
+
+    code: torch.Tensor
+    origins: frozenset[int] = frozenset()
+
+    @property
+    def dims(self) -> tuple[int, ...]:
+        return varying(self.code)
+
+    @property
+    def labels(self) -> torch.Tensor:
+        return self.code >> 1
+
+    @property
+    def zero(self) -> torch.Tensor:
+        return (self.code & 1).bool()
+
+
+@dataclass(frozen=True)
+class Value:
+    """What propagation knows of one tensor.
+
+    derived: computed from parameters, buffers and constants alone, so that a consumer can ask for zeros in its origins.
+    """
+
+    shape: tuple[int, ...]
+    tracks: tuple[Track, ...] = ()
+    derived: bool = field(default=False)
+
+    @property
+    def rank(self) -> int:
+        return len(self.shape)
+
+
+def varying(code: torch.Tensor) -> tuple[int, ...]:
+    """Dimensions along which a compressed track varies."""
+    return tuple(d for d in range(code.dim()) if code.shape[d] > 1 and code.stride(d) != 0)
+
+
+def compress(code: torch.Tensor) -> torch.Tensor:
+    """The same track with stride 0 along every dimension where it does not vary."""
+    shape = code.shape
+    for dim in range(code.dim()):
+        if shape[dim] > 1 and code.stride(dim) == 0:
+            code = code.narrow(dim, 0, 1)
+    for dim in range(code.dim()):
+        if code.shape[dim] > 1:
+            first = code.narrow(dim, 0, 1)
+            if bool((code == first).all()):
+                code = first
+    return code.expand(shape)
+
+
+def squeezed(code: torch.Tensor) -> torch.Tensor:
+    """A compressed track with size 1 instead of stride 0: the smallest tensor that holds it."""
+    for dim in range(code.dim()):
+        if code.shape[dim] > 1 and code.stride(dim) == 0:
+            code = code.narrow(dim, 0, 1)
+    return code
+
+
+def along(code: torch.Tensor, shape: Sequence[int], dim: int) -> torch.Tensor:
+    """A one-dimensional code laid along `dim` of `shape`."""
+    view = [1] * len(shape)
+    view[dim] = shape[dim]
+    return code.reshape(view).expand(tuple(shape))
+
+
+def make_value(shape: Sequence[int], tracks: Sequence[Track], derived: bool) -> Value:
+    """A value whose tracks are compressed; tracks that vary nowhere say nothing and are dropped, twins are merged."""
+    kept: list[Track] = []
+    for track in tracks:
+        code = compress(track.code)
+        if not varying(code):
+            continue
+        origins = track.origins if derived else frozenset[int]()
+        for place, other in enumerate(kept):
+            if varying(other.code) == varying(code) and torch.equal(squeezed(other.code) >> 1, squeezed(code) >> 1):
+                kept[place] = Track(other.code & code, other.origins | origins)
+                break
+        else:
+            kept.append(Track(code, origins))
+    return Value(tuple(shape), tuple(kept), derived)

@@ -1,0 +1,175 @@
+"""Run a captured graph on labels: every operator's rule turns the labels of its inputs into those of its outputs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import fx
+
+from geta.graph.capture import Capture
+from geta.graph.context import Context, Ledger, concrete, concrete_shape
+from geta.graph.labels import LabelSpace, Track, Value, along, squeezed
+from geta.graph.rules import find_rule
+from geta.graph.rules.registry import operator_name
+from geta.graph.solver import Constraints, Freeze
+
+
+@dataclass(frozen=True)
+class Propagation:
+    """Labels of every tensor of the graph and what was learnt about them. `values[node]` is a Value, a list of them, or a number."""
+
+    capture: Capture
+    space: LabelSpace
+    constraints: Constraints
+    ledger: Ledger
+    values: Mapping[fx.Node, Any]
+
+
+def propagate(capture: Capture, same_tensor: Callable[[str], str]) -> Propagation:
+    """Propagate labels through a capture. `same_tensor` maps the names of a tied tensor to one of them.
+
+    The analysis runs on the CPU whatever the default device is: labels are data, not part of the model.
+    """
+    with torch.device("cpu"), torch.no_grad():
+        return _Interpreter(capture, same_tensor).run()
+
+
+class _Interpreter:
+    def __init__(self, capture: Capture, same_tensor: Callable[[str], str]) -> None:
+        self._capture = capture
+        self._same = same_tensor
+        self._space = LabelSpace()
+        self._constraints = Constraints()
+        self._ledger = Ledger()
+        self._values: dict[fx.Node, Any] = {}
+        self._tied: dict[str, Value] = {}
+        self._storage: dict[fx.Node, fx.Node] = {}
+
+    def run(self) -> Propagation:
+        for node in self._capture.graph.nodes:
+            if node.op == "placeholder":
+                self._values[node] = self._placeholder(node)
+            elif node.op == "call_function":
+                self._values[node] = self._call(node)
+                self._note_aliases(node)
+            elif node.op == "output":
+                self._output(node)
+        self._collect_ragged()
+        return Propagation(self._capture, self._space, self._constraints, self._ledger, self._values)
+
+    def _placeholder(self, node: fx.Node) -> Any:
+        fake = node.meta.get("val")
+        if not isinstance(fake, torch.Tensor):
+            return concrete(fake)
+        shape = concrete_shape(fake)
+        name = self._capture.tensor_names.get(node.name)
+        if name is None:
+            return Value(shape)
+        name = self._same(name)
+        if name not in self._tied:
+            tracks = []
+            for dim, size in enumerate(shape):
+                if size > 1:
+                    labels, owner = self._space.new(size, dim, tensor=name)
+                    tracks.append(Track(along(2 * labels + 1, shape, dim), frozenset((owner,))))
+            self._tied[name] = Value(shape, tuple(tracks), derived=True)
+        if not node.users:
+            for track in self._tied[name].tracks:
+                self._constraints.fixed.append((squeezed(track.labels).reshape(-1).numpy(), "is never used in forward"))
+        return self._tied[name]
+
+    def _call(self, node: fx.Node) -> Any:
+        if not isinstance(node.target, torch._ops.OpOverload):
+            return self._python(node)
+        arguments = bind_arguments(node, lambda arg: pytree.tree_map_only(fx.Node, lambda n: self._values[n], arg))
+        inputs = [leaf for leaf in pytree.tree_leaves(tuple(arguments.values())) if isinstance(leaf, Value)]
+        fake = node.meta.get("val")
+        leaves = [leaf for leaf in pytree.tree_leaves(fake) if isinstance(leaf, torch.Tensor)]
+        if not leaves:
+            self._unknown(node, inputs, "its result is not a tensor")
+            return pytree.tree_map(concrete, fake)
+        labelled = any(value.tracks for value in inputs)
+        found = find_rule(node.target)
+        result: Any = NotImplemented
+        if found is not None and (labelled or not inputs or found.__module__.endswith("factories")):
+            context = Context(node, arguments, self._capture.module_path(node), self._space, (self._constraints, self._ledger))
+            result = found(context)
+        if result is NotImplemented:
+            if labelled:
+                self._unknown(node, inputs, "has no rule")
+            derived = bool(inputs) and all(value.derived for value in inputs)
+            result = pytree.tree_map_only(torch.Tensor, lambda leaf: Value(concrete_shape(leaf), (), derived), fake)
+        self._written(node, result)
+        return result
+
+    def _unknown(self, node: fx.Node, inputs: list[Value], what: str) -> None:
+        """Never guess: whatever reaches an operator without a rule stays."""
+        path = self._capture.module_path(node) or "the model itself"
+        reason = f"operator {operator_name(node.target).replace('::', '.')} at {path} {what}"
+        for value in inputs:
+            for track in value.tracks:
+                self._constraints.fixed.append((squeezed(track.labels).reshape(-1).numpy(), reason))
+
+    def _python(self, node: fx.Node) -> Any:
+        """getitem on tuples of tensors, arithmetic on sizes."""
+        source = self._values.get(node.args[0]) if node.args and isinstance(node.args[0], fx.Node) else None
+        if isinstance(source, (tuple, list)):
+            return source[node.args[1]]  # type: ignore[index]
+        values = [self._values[n] for n in node.all_input_nodes]
+        self._unknown(node, [value for value in values if isinstance(value, Value)], "has no rule")
+        fake = node.meta.get("val")
+        return pytree.tree_map(lambda leaf: Value(concrete_shape(leaf)) if isinstance(leaf, torch.Tensor) else concrete(leaf), fake)
+
+    def _note_aliases(self, node: fx.Node) -> None:
+        """Remember which tensors share storage, so that a write is seen by all of them."""
+        base = node
+        if isinstance(node.target, torch._ops.OpOverload):
+            aliased = any(result.alias_info is not None for result in node.target._schema.returns)
+            base = self._storage.get(node.all_input_nodes[0], node.all_input_nodes[0]) if aliased and node.all_input_nodes else node
+        elif node.all_input_nodes:
+            base = self._storage.get(node.all_input_nodes[0], node.all_input_nodes[0])
+        self._storage[node] = base
+
+    def _written(self, node: fx.Node, result: Any) -> None:
+        """After an in-place operator: the written node has the new labels, and nobody who shares its storage is surely zero."""
+        assert isinstance(node.target, torch._ops.OpOverload)
+        for argument, given in zip(node.target._schema.arguments, node.args, strict=False):
+            if argument.alias_info is None or not argument.alias_info.is_write or not isinstance(given, fx.Node):
+                continue
+            base = self._storage.get(given, given)
+            for other, value in self._values.items():
+                if self._storage.get(other, other) is base and isinstance(value, Value):
+                    tracks = tuple(Track((squeezed(t.code) >> 1 << 1).expand(t.code.shape), t.origins) for t in value.tracks)
+                    self._values[other] = Value(value.shape, tracks, False)
+            if isinstance(result, Value):
+                self._values[given] = result
+
+    def _output(self, node: fx.Node) -> None:
+        for leaf in pytree.tree_leaves(pytree.tree_map_only(fx.Node, lambda n: self._values[n], node.args)):
+            if isinstance(leaf, Value):
+                for track in leaf.tracks:
+                    self._constraints.freezes.append(Freeze(track.labels, tuple(range(leaf.rank)), "reaches the model output"))
+
+    def _collect_ragged(self) -> None:
+        for value in self._values.values():
+            for leaf in value if isinstance(value, (tuple, list)) else (value,):
+                if isinstance(leaf, Value):
+                    self._constraints.ragged += [track.labels for track in leaf.tracks if len(track.dims) > 1]
+
+
+def bind_arguments(node: fx.Node, resolve: Callable[[Any], Any]) -> dict[str, Any]:
+    """An operator call's arguments by name, defaults included."""
+    assert isinstance(node.target, torch._ops.OpOverload)
+    bound: dict[str, Any] = {}
+    for place, argument in enumerate(node.target._schema.arguments):
+        if place < len(node.args) and not argument.kwarg_only:
+            bound[argument.name] = resolve(node.args[place])
+        elif argument.name in node.kwargs:
+            bound[argument.name] = resolve(node.kwargs[argument.name])
+        elif argument.has_default_value():
+            bound[argument.name] = argument.default_value
+    return bound

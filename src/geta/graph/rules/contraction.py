@@ -1,0 +1,279 @@
+"""Contractions: sums of products over a shared axis (linear, convolution, matmul, attention, embedding).
+
+Both sides keep the same indices of the summed axis. A removed index must contribute nothing: either one side is zero there
+by itself, or the parameters that only read it join the slices to zero. Letters number the axes of one shared index space.
+"""
+
+from __future__ import annotations
+
+import string
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from geta.graph.context import INTERNAL, Context, Place, narrow_dims
+from geta.graph.labels import Track, Value, compress, make_value, squeezed, varying
+from geta.graph.rules.elementwise import pointwise
+from geta.graph.rules.registry import rule
+
+
+def contract(ctx: Context, left: Place, right: Place, out: Sequence[int], shape: Sequence[int]) -> Value:
+    """sum over the letters that `out` lacks of left * right; `shape` is the result's shape in the order of `out`."""
+    rank = 1 + max((*left.letters, *right.letters, *out))
+    shared = [letter for letter in left.letters if letter in right.letters]
+    summed = [letter for letter in shared if letter not in out]
+    batch = [letter for letter in shared if letter in out]
+    ctx.align((left, right), rank, bound=summed, batch=batch)
+    reader, source = (left, right) if left.value.derived and not right.value.derived else (right, left)
+    _reads(ctx, reader, source, summed, rank)
+    derived = left.value.derived and right.value.derived
+    if not derived and reader.value.derived:
+        for track in reader.value.tracks:
+            if any(reader.letters[dim] in out for dim in track.dims):
+                ctx.ledger.producers |= track.origins
+    tracks: dict[tuple[int, ...], Track] = {}
+    for place in (left, right):
+        for track in place.value.tracks:
+            _keep(tracks, Track(_result(ctx, track, place, out, rank).expand(tuple(shape)), track.origins))
+    return make_value(shape, _without_subsets(tracks, [place for place, letter in enumerate(out) if letter in batch]), derived)
+
+
+def _reads(ctx: Context, reader: Place, source: Place, summed: Sequence[int], rank: int) -> None:
+    """At a removed summed index somebody must be zero: the source by itself, or the reader, if need be on demand."""
+    for track in reader.value.tracks:
+        if not any(reader.letters[dim] in summed for dim in track.dims):
+            continue
+        code = ctx.lay(track.code, reader.letters, rank)
+        doubtful = ~_zero_at(ctx, source, code, summed, rank).expand(code.shape)
+        if reader.value.derived:
+            ctx.ledger.consumers |= track.origins
+            ctx.ledger.demands.append((track.origins, code[doubtful] >> 1))
+        hopeless = doubtful & ((code & 1) == 0)
+        ctx.constraints.fixed.append(((code[hopeless] >> 1).numpy(), f"would not be zero where it is summed over in {ctx.where}"))
+    if source.value.derived:
+        ctx.produce(source.value)
+
+
+def _zero_at(ctx: Context, source: Place, code: torch.Tensor, summed: Sequence[int], rank: int) -> torch.Tensor:
+    """Where the source is zero if the reader's index is removed, over the letters of the reader's track."""
+    found = torch.zeros([1] * rank, dtype=torch.bool)
+    for track in source.value.tracks:
+        if not any(source.letters[dim] in summed and code.shape[source.letters[dim]] > 1 for dim in track.dims):
+            continue
+        bit = (ctx.lay(track.code, source.letters, rank) & 1).bool()
+        for letter in range(rank):
+            if bit.shape[letter] > 1 and code.shape[letter] == 1:
+                bit = bit.all(letter, keepdim=True)
+        found = found | bit
+    return found
+
+
+def _result(ctx: Context, track: Track, place: Place, out: Sequence[int], rank: int) -> torch.Tensor:
+    """An operand's track over the result's axes; summed axes are left at their first index."""
+    code = ctx.lay(track.code, place.letters, rank)
+    code = narrow_dims(code, [letter for letter in range(rank) if letter not in out and code.shape[letter] > 1])
+    rest = [letter for letter in range(rank) if letter not in out]
+    return code.permute([*out, *rest]).reshape([code.shape[letter] for letter in out])
+
+
+def _keep(tracks: dict[tuple[int, ...], Track], track: Track) -> None:
+    """Two tracks along the same axes are aligned, so one speaks for both; a product is zero where either factor is."""
+    code = compress(track.code)
+    dims = varying(code)
+    if not dims:
+        return
+    if dims in tracks:
+        other = tracks[dims]
+        merged = squeezed(other.code) | (squeezed(code) & 1)
+        tracks[dims] = Track(merged.expand(code.shape), other.origins | track.origins)
+    else:
+        tracks[dims] = Track(code, track.origins)
+
+
+def _without_subsets(tracks: dict[tuple[int, ...], Track], batch: Sequence[int]) -> list[Track]:
+    """A track along batch axes alone is spoken for by one that also varies along an axis of its own (a head's channels)."""
+    kept = dict(tracks)
+    for dims in sorted(tracks, key=len):
+        wider = next((other for other in kept if set(dims) < set(other) and set(dims) <= set(batch)), None)
+        if wider is not None:
+            kept[wider] = Track(squeezed_or(kept[wider].code, kept.pop(dims).code), kept[wider].origins)
+    return list(kept.values())
+
+
+def squeezed_or(code: torch.Tensor, zero_of: torch.Tensor) -> torch.Tensor:
+    """`code` with the zero bits of another track of the same shape added."""
+    small, bits = torch.broadcast_tensors(squeezed(code), squeezed(zero_of) & 1)
+    return (small | bits).expand(code.shape)
+
+
+def _add_bias(ctx: Context, value: Value, bias: Value | None, dim: int) -> Value:
+    """Add a bias [O] along `dim`."""
+    if bias is None:
+        return value
+    shape = [1] * value.rank
+    shape[dim] = bias.shape[0]
+    tracks = tuple(Track(track.code.reshape(shape), track.origins) for track in bias.tracks)
+    return pointwise(ctx, [value, Value(tuple(shape), tracks, bias.derived)], "and")
+
+
+@rule("aten::linear")
+def linear(ctx: Context) -> Value:
+    """y[..., o] = sum_i x[..., i] w[o, i] + b[o]."""
+    x, weight = ctx["input"], ctx["weight"]
+    lead = tuple(range(2, 1 + x.rank))
+    rows = (1,) if weight.rank == 2 else ()
+    out = contract(ctx, Place(x, (*lead, 0)), Place(weight, (*rows, 0)), (*lead, *rows), ctx.shape)
+    return _add_bias(ctx, out, ctx["bias"], out.rank - 1)
+
+
+@rule("aten::mm", "aten::bmm", "aten::matmul", "aten::mv", "aten::dot", "aten::__matmul__")
+def matmul(ctx: Context) -> Value:
+    """y[..., m, n] = sum_k a[..., m, k] b[..., k, n], leading dimensions broadcast."""
+    left, right = (value for value in ctx.arguments.values() if isinstance(value, Value))
+    return product(ctx, left, right, ctx.shape)
+
+
+def product(ctx: Context, left: Value, right: Value, shape: Sequence[int]) -> Value:
+    """torch.matmul of two values. Letters: 0 = m, 1 = k, 2 = n, then the leading dimensions, aligned at the right."""
+    depth = max(left.rank, right.rank, 2) - 2
+
+    def lead(value: Value) -> tuple[int, ...]:
+        return tuple(range(3 + depth - max(0, value.rank - 2), 3 + depth))
+
+    letters_l = (1,) if left.rank == 1 else (*lead(left), 0, 1)
+    letters_r = (1,) if right.rank == 1 else (*lead(right), 1, 2)
+    out = (*range(3, 3 + depth), *((0,) if left.rank > 1 else ()), *((2,) if right.rank > 1 else ()))
+    return contract(ctx, Place(left, letters_l), Place(right, letters_r), out, shape)
+
+
+@rule("aten::addmm", "aten::baddbmm", "aten::addmv")
+def addmm(ctx: Context) -> Value:
+    """beta * self + alpha * a @ b."""
+    added, left, right = (value for value in ctx.arguments.values() if isinstance(value, Value))
+    return pointwise(ctx, [product(ctx, left, right, ctx.shape), added], "and")
+
+
+@rule("aten::einsum")
+def einsum(ctx: Context) -> Any:
+    """Two operands with plain letters; anything wilder is left to its decomposition."""
+    operands = ctx["tensors"]
+    equation = ctx["equation"].replace(" ", "")
+    if len(operands) != 2 or "." in equation or "->" not in equation:
+        return NotImplemented
+    inputs, out = equation.split("->")
+    left, right = inputs.split(",")
+    if any(len(set(part)) != len(part) for part in (left, right, out)):
+        return NotImplemented
+    number = {letter: place for place, letter in enumerate(c for c in string.ascii_letters if c in left + right)}
+    first, second = (Place(value, tuple(number[c] for c in part)) for value, part in zip(operands, (left, right), strict=True))
+    return contract(ctx, first, second, [number[c] for c in out], ctx.shape)
+
+
+def unfold_dim(value: Value, dim: int, sizes: tuple[int, int]) -> Value:
+    """View dimension `dim` as two."""
+    shape = (*value.shape[:dim], *sizes, *value.shape[dim + 1 :])
+    return Value(shape, tuple(Track(compress(t.code.unflatten(dim, sizes)), t.origins) for t in value.tracks), value.derived)
+
+
+def bind_dim(ctx: Context, value: Value, dim: int) -> None:
+    """Join every track of a value along `dim`."""
+    for track in value.tracks:
+        if dim in track.dims:
+            ctx.bind(track.code, (dim,))
+
+
+@rule("aten::conv1d", "aten::conv2d", "aten::conv3d", "aten::convolution", "aten::_convolution")
+def convolution(ctx: Context) -> Value:
+    """y[n, g, o, ...] = sum over i, k of x[n, g, i, ...] w[g, o, i, k] + b. Groups keep equal positions, or go as a whole."""
+    if ctx.arguments.get("transposed"):
+        return conv_transpose(ctx)
+    x, weight, groups = ctx["input"], ctx["weight"], ctx["groups"]
+    per_in, per_out = weight.shape[1], weight.shape[0] // groups
+    split_w = unfold_dim(weight, 0, (groups, per_out))
+    letters = (0, 2, 1)  # of the weight: group, output, input
+    return _grouped(ctx, x, split_w, letters, (groups, per_in, per_out))
+
+
+@rule("aten::conv_transpose1d", "aten::conv_transpose2d", "aten::conv_transpose3d")
+def conv_transpose(ctx: Context) -> Value:
+    """As convolution, with the weight stored as [g * i, o, k]."""
+    x, weight, groups = ctx["input"], ctx["weight"], ctx["groups"]
+    per_in, per_out = weight.shape[0] // groups, weight.shape[1]
+    split_w = unfold_dim(weight, 0, (groups, per_in))
+    return _grouped(ctx, x, split_w, (0, 1, 2), (groups, per_in, per_out))
+
+
+def _grouped(ctx: Context, x: Value, weight: Value, letters: tuple[int, int, int], sizes: tuple[int, int, int]) -> Value:
+    """Letters: 0 = group, 1 = input within it, 2 = output within it, 3 = batch, then one for every spatial axis there is."""
+    groups, per_in, per_out = sizes
+    space = weight.rank - 3
+    channel = x.rank - space - 1
+    ctx.freeze(x, tuple(range(channel + 1, x.rank)), f"is convolved along space in {ctx.where}")
+    ctx.freeze(weight, tuple(range(3, weight.rank)), f"{INTERNAL}a spatial kernel")
+    x = unfold_dim(x, channel, (groups, per_in))
+    if groups > 1:
+        whole = per_in == 1 or per_out == 1
+        bind_dim(ctx, x, channel + 1 if whole else channel)
+        for dim, letter in enumerate(letters):
+            if (letter > 0) == whole:
+                bind_dim(ctx, weight, dim)
+    lead = (3,) if channel else ()
+    input_space, kernel_space, output_space = (tuple(range(4 + part * space, 4 + (part + 1) * space)) for part in range(3))
+    out_shape = ctx.shape
+    split_shape = (*out_shape[:channel], groups, per_out, *out_shape[channel + 1 :])
+    result = contract(
+        ctx,
+        Place(x, (*lead, 0, 1, *input_space)),
+        Place(weight, (*letters, *kernel_space)),
+        (*lead, 0, 2, *output_space),
+        split_shape,
+    )
+    tracks = [Track(compress(t.code).reshape(out_shape), t.origins) for t in result.tracks]
+    return _add_bias(ctx, make_value(out_shape, tracks, result.derived), ctx["bias"], channel)
+
+
+@rule("aten::scaled_dot_product_attention")
+def attention(ctx: Context) -> Value:
+    """softmax(q k^T * scale + mask) v, as the two products that it is: heads fall out of the batch axis."""
+    query, key, value = ctx["query"], ctx["key"], ctx["value"]
+    if ctx.arguments.get("enable_gqa") and query.rank > 2:
+        key, value = (_repeat_heads(side, query.shape[-3]) for side in (key, value))
+    swapped = tuple(Track(track.code.transpose(-1, -2), track.origins) for track in key.tracks)
+    turned = Value((*key.shape[:-2], key.shape[-1], key.shape[-2]), swapped, key.derived)
+    scores_shape = (*ctx.shape[:-1], key.shape[-2])
+    scores = product(ctx, query, turned, scores_shape)
+    mask = ctx.arguments.get("attn_mask")
+    if mask is not None:
+        scores = _masked(ctx, scores, mask)
+    ctx.freeze(scores, (-1,), f"crosses the softmax of {ctx.where}")
+    ctx.freeze(value, (-2,), f"crosses the softmax of {ctx.where}")
+    weights = Value(scores.shape, tuple(Track(track.code >> 1 << 1, track.origins) for track in scores.tracks), scores.derived)
+    return product(ctx, weights, value, ctx.shape)
+
+
+def _repeat_heads(value: Value, heads: int) -> Value:
+    times = heads // value.shape[-3]
+    tracks = tuple(Track(compress(track.code.repeat_interleave(times, -3)), track.origins) for track in value.tracks)
+    return Value((*value.shape[:-3], heads, *value.shape[-2:]), tracks, value.derived)
+
+
+def _masked(ctx: Context, scores: Value, mask: Value) -> Value:
+    rank = scores.rank
+    ctx.align([Place(scores, tuple(range(rank))), Place(mask, tuple(range(rank - mask.rank, rank)))], rank)
+    ctx.produce(mask)
+    return scores
+
+
+@rule("aten::embedding")
+def embedding(ctx: Context) -> Value:
+    """Rows are looked up by index, so they stay; columns become the last dimension of the result."""
+    weight = ctx["weight"]
+    ctx.freeze(weight, (0,), f"is looked up by index in {ctx.where}")
+    ctx.freeze_all([ctx["indices"]], f"is used as an index in {ctx.where}")
+    ctx.produce(weight)
+    tracks = []
+    for track in weight.tracks:
+        column = narrow_dims(track.code, (0,)).reshape(-1)
+        tracks.append(Track(column.expand(ctx.shape), track.origins))
+    return ctx.free(tracks, weight.derived and ctx["indices"].derived)

@@ -1,0 +1,254 @@
+"""From constraints between labels to groups: edges, bindings, freezes, and the rectangularity pass.
+
+The order in which constraints arrive does not matter: each is re-read under the present partition until nothing changes.
+Legend: a *letter* is an axis of the small index space that the operands of one operator share (einsum's letters).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from scipy.sparse import coo_matrix
+from scipy.sparse.csgraph import connected_components
+
+from geta.graph.labels import FIXED, compress, squeezed, varying
+
+
+@dataclass(frozen=True)
+class Aligned:
+    """Operands over common letters: where two span the same letter, they must keep the same indices of it.
+
+    tracks:  (operand number, labels laid out over the letters, size 1 where they don't vary).
+    spans:   per operand, the letters that it really has (size > 1, not broadcast).
+    bound:   letters that are summed over; a track that varies along one of them and along a letter of `batch` is bound
+             along the summed one, because a sum over part of a slice per batch entry would be ragged (heads).
+    """
+
+    tracks: tuple[tuple[int, torch.Tensor], ...]
+    spans: tuple[tuple[int, ...], ...]
+    bound: tuple[int, ...]
+    batch: tuple[int, ...]
+    reason: str
+
+
+@dataclass(frozen=True)
+class Freeze:
+    """The dimensions `dims` of a track must stay whole.
+
+    soft: allowed when `exact=False` (it only makes removal inexact).
+    only: if given, just these labels stay, provided that the track varies along `dims`.
+    """
+
+    labels: torch.Tensor
+    dims: tuple[int, ...]
+    reason: str
+    soft: bool = False
+    only: torch.Tensor | None = None
+
+
+@dataclass
+class Constraints:
+    """Everything that propagation has learnt, in the order of the graph."""
+
+    aligned: list[Aligned] = field(default_factory=list)
+    freezes: list[Freeze] = field(default_factory=list)
+    edges: list[tuple[np.ndarray, np.ndarray]] = field(default_factory=list)
+    fixed: list[tuple[np.ndarray, str]] = field(default_factory=list)
+    ragged: list[torch.Tensor] = field(default_factory=list)
+    units: list[tuple[np.ndarray, str]] = field(default_factory=list)  # labels and what one group of them is called
+
+
+@dataclass(frozen=True)
+class Partition:
+    """root[label] = group id; frozen / inexact: group id -> reason."""
+
+    root: np.ndarray
+    frozen: dict[int, str]
+    inexact: dict[int, str]
+    units: dict[int, str]
+
+
+class Solver:
+    """Finds the finest partition of labels that keeps every tensor of the graph rectangular."""
+
+    def __init__(self, size: int, constraints: Constraints, *, exact: bool) -> None:
+        self._constraints = constraints
+        self._exact = exact
+        self._root = np.arange(size, dtype=np.int64)
+        self._sources: list[np.ndarray] = []
+        self._targets: list[np.ndarray] = []
+        self._texts: list[str] = [""]
+        self._reason = np.zeros(size, dtype=np.int32)  # label -> number of its reason to stay; 0 = none
+        self._soft = np.zeros(size, dtype=np.int32)  # the same for reasons that exact=False overrides
+
+    def solve(self) -> Partition:
+        for left, right in self._constraints.edges:
+            self._join(left, right, "")
+        for labels, reason in self._constraints.fixed:
+            self._freeze(labels, reason)
+        self._merge()
+        open_aligned = list(self._constraints.aligned)
+        while True:
+            while True:
+                open_aligned = [item for item in open_aligned if not self._align(item)]
+                if not self._merge():
+                    break
+            self._apply_freezes()
+            if not self._straighten() or not self._merge():
+                break
+        for item in open_aligned:  # still ragged, so all of it stays; then whatever it is aligned with stays too
+            for _, labels in item.tracks:
+                self._freeze(squeezed(labels), item.reason)
+        self._apply_freezes()
+        units = {int(root): unit for labels, unit in self._constraints.units for root in np.unique(self._root[labels])}
+        return Partition(self._root, self._by_root(self._reason), self._by_root(self._soft), units)
+
+    def _by_root(self, reason: np.ndarray) -> dict[int, str]:
+        labels = np.flatnonzero(reason)
+        roots, first = np.unique(self._root[labels], return_index=True)
+        return {int(root): self._texts[reason[labels[at]]] for root, at in zip(roots, first, strict=True)}
+
+    def canonical(self, labels: torch.Tensor) -> torch.Tensor:
+        """The track under the present partition, compressed."""
+        return canonical(self._root, labels)
+
+    def _join(self, left: np.ndarray, right: np.ndarray, reason: str) -> None:
+        """One edge per pair; a pair with FIXED freezes its partner instead."""
+        differ = left != right
+        left, right = left[differ], right[differ]
+        loose = (left != FIXED) & (right != FIXED)
+        self._sources.append(left[loose])
+        self._targets.append(right[loose])
+        self._freeze(np.concatenate([right[left == FIXED], left[right == FIXED]]), reason)
+
+    def _freeze(self, labels: np.ndarray | torch.Tensor, reason: str, *, soft: bool = False) -> None:
+        """Mark labels that must stay; the first reason given to a label is kept."""
+        flat = np.asarray(labels).reshape(-1)
+        marks = self._soft if soft else self._reason
+        flat = flat[(flat != FIXED) & (marks[flat] == 0)]
+        if flat.size:
+            self._texts.append(reason)
+            marks[flat] = len(self._texts) - 1
+
+    def _merge(self) -> bool:
+        """Take the collected edges into the partition; False when they change nothing."""
+        if not self._sources:
+            return False
+        source, target = np.concatenate(self._sources), np.concatenate(self._targets)
+        self._sources, self._targets = [], []
+        source, target = self._root[source], self._root[target]
+        differ = source != target
+        if not differ.any():
+            return False
+        size = len(self._root)
+        matrix = coo_matrix((np.ones(int(differ.sum()), dtype=np.int8), (source[differ], target[differ])), shape=(size, size))
+        _, component = connected_components(matrix, directed=False)
+        first = np.full(int(component.max()) + 1, size, dtype=np.int64)
+        np.minimum.at(first, component, np.arange(size))
+        self._root = first[component[self._root]]
+        return True
+
+    def _align(self, item: Aligned) -> bool:
+        """Join what must keep the same indices; True when every track has settled on at most one letter."""
+        views = [(operand, self.canonical(labels)) for operand, labels in item.tracks]
+        settled = True
+        by_dims: dict[tuple[int, ...], torch.Tensor] = {}
+        for operand, code in views:
+            dims = varying(code)
+            if len(dims) > 1:
+                settled = False
+                for letter in item.bound:
+                    if letter in dims and any(other in dims for other in item.batch):
+                        self._bind(code, (letter,))
+                        self._constraints.units.append((np.unique(squeezed(code)), "heads"))
+            if not dims:
+                continue
+            if dims in by_dims:
+                left, right = torch.broadcast_tensors(squeezed(by_dims[dims]), squeezed(code))
+                self._join(left.reshape(-1).numpy(), right.reshape(-1).numpy(), item.reason)
+            else:
+                by_dims[dims] = code
+        if settled:
+            self._check_spans(item, views)
+        return settled
+
+    def _check_spans(self, item: Aligned, views: list[tuple[int, torch.Tensor]]) -> None:
+        """Where one operand may lose indices and another that spans the letter can't, the first must stay."""
+        for letter in {letter: None for _, code in views for letter in varying(code)}:
+            able = {operand for operand, code in views if letter in varying(code)}
+            if any(letter in span and operand not in able for operand, span in enumerate(item.spans)):
+                for _, code in views:
+                    if letter in varying(code):
+                        self._freeze(squeezed(code), item.reason)
+
+    def _bind(self, code: torch.Tensor, dims: tuple[int, ...]) -> None:
+        code = squeezed(code)
+        first = code
+        for dim in dims:
+            first = first.narrow(dim, 0, 1)
+        left, right = torch.broadcast_tensors(first, code)
+        self._join(left.reshape(-1).numpy(), right.reshape(-1).numpy(), "shares a slice with entries that must stay")
+
+    def _apply_freezes(self) -> None:
+        for freeze in self._constraints.freezes:
+            code = self.canonical(freeze.labels)
+            dims = varying(code)
+            if len(dims) == 1 and dims[0] in freeze.dims:
+                stays = squeezed(code) if freeze.only is None else freeze.only
+                self._freeze(stays, freeze.reason, soft=freeze.soft and not self._exact)
+
+    def _straighten(self) -> bool:
+        """Bind ragged tracks along all dimensions but the one that leaves most removable groups; True if any was bound."""
+        touched: set[int] = set()
+        found = False
+        tracks = self._constraints.ragged + [labels for item in self._constraints.aligned for _, labels in item.tracks]
+        frozen = set(self._by_root(self._reason))
+        for labels in tracks:
+            code = self.canonical(labels)
+            dims = varying(code)
+            if len(dims) < 2:
+                continue
+            roots = set(torch.unique(squeezed(code)).tolist()) - {FIXED}
+            if roots <= frozen or roots & touched:
+                found = found or bool(roots & touched)
+                continue
+            keep = max(dims, key=lambda dim: (self._groups_left(code, dim), -dim))
+            self._bind(code, tuple(dim for dim in dims if dim != keep))
+            touched |= roots
+            found = True
+        return found
+
+    def _groups_left(self, code: torch.Tensor, keep: int) -> int:
+        """How many removable groups a ragged track leaves when it may vary along `keep` alone."""
+        small = squeezed(code)
+        rows = small.movedim(keep, 0).reshape(small.shape[keep], -1).numpy()
+        involved, local = np.unique(rows, return_inverse=True)
+        local = local.reshape(rows.shape)
+        edges = (np.repeat(local[:, 0], rows.shape[1] - 1), local[:, 1:].reshape(-1))
+        matrix = coo_matrix((np.ones(len(edges[0]), dtype=np.int8), edges), shape=(len(involved),) * 2)
+        count, component = connected_components(matrix, directed=False)
+        trial = self._root.copy()
+        mapping = np.arange(len(trial))
+        mapping[involved] = involved[np.array([np.argmax(component == part) for part in range(count)])[component]]
+        trial = mapping[trial]
+        stuck = {*mapping[self._root[np.flatnonzero(self._reason)]].tolist(), int(mapping[FIXED])}
+        mine = set(involved.tolist())
+        for freeze in self._constraints.freezes:
+            if freeze.soft and not self._exact:
+                continue
+            raw = self.canonical(freeze.labels)
+            if len(varying(raw)) < 2 or not mine & set(torch.unique(squeezed(raw)).tolist()):
+                continue
+            after = canonical(trial, freeze.labels)
+            if any(dim in freeze.dims for dim in varying(after)):
+                stuck |= set(torch.unique(squeezed(after)).tolist())
+        return len(set(mapping[involved].tolist()) - stuck)
+
+
+def canonical(root: np.ndarray, labels: torch.Tensor) -> torch.Tensor:
+    """Labels replaced by their groups, compressed; `labels` may have stride-0 dimensions."""
+    small = squeezed(labels)
+    mapped = torch.from_numpy(root[small.numpy()]).reshape(small.shape)
+    return compress(mapped.expand(labels.shape))

@@ -1,0 +1,276 @@
+"""Build the compact model: capture, cut, integers, verify. The user's model is handed back as it was."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+import torch.utils._pytree as pytree
+from torch import fx, nn
+
+from geta.cost import Cost, cost_of_graph
+from geta.errors import BadModelError, ConfigError
+from geta.graph.capture import capture, mode_of
+from geta.graph.dependency import Analysis, DependencyGraph, analyse_capture
+from geta.graph.families import Selection
+from geta.graph.names import canonical_name, find_tensor
+from geta.quant.quantizer import Quantizer
+from geta.subnet.integers import Quantized, drop_unused, store_integers
+from geta.subnet.model import CompactInfo, CompactModel, max_difference
+from geta.subnet.program import Program, from_capture
+from geta.subnet.rewrite import Kept, KeptIndices, rewrite
+
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
+"""Relative difference between zeroed and compact model above which `compact` refuses: far above rounding, far below a wrong cut."""
+
+
+@dataclass(frozen=True)
+class _Cut:
+    """One capture after the cut: the program, the tensors it reads (sliced) and what is quantized in it."""
+
+    program: Program
+    tensors: dict[str, torch.Tensor]
+    quantized: Quantized
+    out_spec: pytree.TreeSpec
+
+
+def compact(
+    model: nn.Module,
+    graph: DependencyGraph,
+    selection: Selection | None = None,
+    *,
+    integers: bool = True,
+    verify: bool = True,
+) -> CompactModel:
+    """Return the smaller network that computes exactly what `model` computes with the selected groups zeroed.
+
+    selection: {family: BoolTensor, True = remove}; None = the groups that are zero in `model` (after training with QASSO).
+    integers:  store quantized weights as integer codes and a scale, bitwise the values that the fake quantizer computes;
+               False keeps the float weights behind their quantizers, for training on.
+    verify:    compare with the zeroed model on the example inputs of `analyze`; a difference beyond rounding raises.
+    `model` is not changed. The result has a training graph too, if the model can be captured in training mode.
+    Raises ConfigError for a selection that doesn't fit, BadModelError if the model changed since it was analysed.
+    """
+    if model is not graph.model and type(model) is not type(graph.model):
+        raise ConfigError(f"the graph was made from a {type(graph.model).__name__}, the model is a {type(model).__name__}")
+    if selection is None:
+        selection = _never_empty(graph, graph.zero_groups(model))
+    graph.check_selection(selection)
+    notes = list(graph.notes)
+    with _zeroed(model, graph, selection):
+        evaluated = _analysed(model, graph, train=False)
+        whole = _cut(model, evaluated, graph, {}, integers=integers)
+        small = _cut(model, evaluated, graph, selection, integers=integers)
+        programs, tensors = {"eval": small.program}, dict(small.tensors)
+        try:
+            trained = _cut(model, _analysed(model, graph, train=True), graph, selection, integers=integers)
+        except BadModelError as error:
+            notes.append(f"no training graph: {error}")
+        else:
+            programs["train"] = trained.program
+            tensors.update({name: tensor for name, tensor in trained.tensors.items() if name not in tensors})
+        info = _info(graph, selection, small.quantized, _dense_cost(whole, _example_leaves(graph, evaluated)), notes)
+        if verify:
+            info = _verified(model, graph, whole, small, info)
+    result = CompactModel(programs, tensors, info, out_spec=small.out_spec)
+    result.train(model.training and "train" in programs)
+    return result
+
+
+def _never_empty(graph: DependencyGraph, selection: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A family that is zero altogether keeps its first group: a layer without channels is not a layer."""
+    for name, remove in selection.items():
+        if bool(remove.all()):
+            remove[0] = False
+    return selection
+
+
+@contextlib.contextmanager
+def _zeroed(model: nn.Module, graph: DependencyGraph, selection: Selection) -> Iterator[None]:
+    """Zero the selected groups for the time of the block, and give the user's values back."""
+    names = {m.param for family in graph.families if family.name in selection for m in family.zeroed}
+    before = [(find_tensor(model, name), find_tensor(model, name).detach().clone()) for name in sorted(names)]
+    try:
+        graph.zero_(model, selection)
+        yield
+    finally:
+        with torch.no_grad():
+            for tensor, value in before:
+                tensor.copy_(value)
+
+
+def _analysed(model: nn.Module, graph: DependencyGraph, *, train: bool) -> Analysis:
+    example = graph.example
+    captured = capture(model, example.args, example.kwargs, dynamic_shapes=example.dynamic_shapes, train=train)
+    return analyse_capture(model, captured, exact=example.exact)
+
+
+def _cut(model: nn.Module, analysis: Analysis, graph: DependencyGraph, selection: Selection, *, integers: bool) -> _Cut:
+    tied = {node.name: analysis.propagation.values[node] for node in analysis.capture.graph.find_nodes(op="placeholder")}
+    kept = KeptIndices(analysis, _removed_roots(analysis, graph, selection))
+    canonical = _tensor_names(model, analysis)
+    program, mapping = from_capture(analysis.capture, canonical)
+    rewrite(analysis, mapping, kept)
+    _record_examples(program.graph, _example_leaves(graph, analysis))
+    tensors: dict[str, torch.Tensor] = {}
+    for placeholder, name in canonical.items():
+        if name not in tensors:
+            source = analysis.capture.constants.get(name)
+            tensors[name] = _sliced(find_tensor(model, name) if source is None else source, kept.of_value(tied[placeholder]))
+    quantized = Quantized()
+    if integers:
+        quantized = store_integers(program.graph, tensors, _quantizer_names(model))
+    drop_unused(program.graph)
+    used = set(program.tensor_names())
+    return _Cut(program, {name: t for name, t in tensors.items() if name in used}, quantized, analysis.capture.out_spec)
+
+
+def _removed_roots(analysis: Analysis, graph: DependencyGraph, selection: Selection) -> np.ndarray:
+    """Classes of this capture that hold the removed indices; they must not hold anything else."""
+    starts = {(owner.tensor, owner.dim): owner for owner in analysis.propagation.space.owners if owner.tensor}
+    root = analysis.partition.root
+    chosen = np.zeros(len(root), dtype=bool)
+    for family in graph.families:
+        remove = selection.get(family.name)
+        if remove is None or not bool(remove.any()):
+            continue
+        for member in family.members:
+            owner = starts.get((member.param, member.dim))
+            if owner is None:
+                continue  # this capture doesn't read it (running statistics in training mode, say)
+            chosen[owner.start + member.index[remove].reshape(-1).numpy()] = True
+    roots = np.unique(root[chosen])
+    for owner in starts.values():
+        labels = np.arange(owner.start, owner.start + owner.size)
+        if (np.isin(root[labels], roots) & ~chosen[labels]).any():
+            raise BadModelError(
+                f"'{owner.tensor}' is coupled differently than when the graph was made; analyze the model again and select again"
+            )
+    frozen = [analysis.partition.frozen[int(one)] for one in roots if int(one) in analysis.partition.frozen]
+    if frozen:
+        raise BadModelError(f"a selected group can't be removed from the model as it is now: it {frozen[0]}; analyze it again")
+    return roots
+
+
+def _tensor_names(model: nn.Module, analysis: Analysis) -> dict[str, str]:
+    """Placeholder -> tensor name; tied tensors share the first of their names."""
+    first: dict[int, str] = {}
+    names = {}
+    for placeholder, name in analysis.capture.tensor_names.items():
+        constant = analysis.capture.constants.get(name)
+        names[placeholder] = first.setdefault(id(find_tensor(model, name) if constant is None else constant), name)
+    return names
+
+
+def _quantizer_names(model: nn.Module) -> dict[str, str]:
+    return {canonical_name(f"{path}.d"): module.name for path, module in model.named_modules() if isinstance(module, Quantizer)}
+
+
+def _sliced(tensor: torch.Tensor, kept: Kept) -> torch.Tensor:
+    """A copy that keeps only these indices; parameters stay parameters."""
+    data = tensor.detach()
+    for dim, indices in kept.items():
+        data = data.index_select(dim, indices.to(data.device))
+    data = data.clone(memory_format=torch.contiguous_format)
+    return nn.Parameter(data, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else data
+
+
+def _example_leaves(graph: DependencyGraph, analysis: Analysis) -> list[Any]:
+    """The example inputs in the order of the program's inputs."""
+    _, order = analysis.capture.in_spec.children()
+    ordered = {name: graph.example.kwargs[name] for name in order.context}
+    return pytree.tree_leaves((graph.example.args, ordered))
+
+
+def _record_examples(graph: fx.Graph, leaves: list[Any]) -> None:
+    """Shapes of the example inputs, for costs and messages."""
+    for node, leaf in zip(graph.find_nodes(op="placeholder"), leaves, strict=True):
+        if isinstance(leaf, torch.Tensor):
+            node.meta["example"] = {"shape": list(leaf.shape), "dtype": str(leaf.dtype).removeprefix("torch.")}
+        else:
+            node.meta["val"] = leaf
+
+
+def _dense_cost(whole: _Cut, leaves: list[Any]) -> Cost:
+    """The uncut model as a float network: 32 bits on both sides of every product, tensors in their own dtype."""
+    counted = cost_of_graph(whole.program.graph, whole.tensors, leaves)
+    plain = {name: tensor for name, tensor in whole.tensors.items() if not name.endswith("_scale")}
+    size = sum(t.numel() * (4 if name.endswith("_codes") else t.element_size()) for name, t in plain.items())
+    rows = tuple(replace(row, bops=row.macs * 1024.0, weight_bits=32.0, activation_bits=32.0) for row in counted.per_op)
+    return replace(counted, bops=counted.macs * 1024.0, weight_bytes=size, per_op=rows)
+
+
+def _info(graph: DependencyGraph, selection: Selection, quantized: Quantized, dense: Cost, notes: list[str]) -> CompactInfo:
+    kept = {name: (~remove).nonzero().reshape(-1).tolist() for name, remove in selection.items()}
+    return CompactInfo(
+        bits=quantized.bits,
+        signed=quantized.signed,
+        kept=kept,
+        family_sizes={family.name: family.size for family in graph.families if family.name in kept},
+        dense_cost=dense.to_json(),
+        notes=notes,
+    )
+
+
+def _verified(model: nn.Module, graph: DependencyGraph, whole: _Cut, small: _Cut, info: CompactInfo) -> CompactInfo:
+    """Compare the uncut and the cut program; the uncut one with the user's own model.
+
+    A fake-quantized network is compared in float64: in float32 another order of summation can flip a rounding step.
+    """
+    args, kwargs = graph.example.args, dict(graph.example.kwargs)
+    tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+    if any(t.is_meta for t in (*tensors, *whole.tensors.values())):
+        return replace(info, notes=[*info.notes, "not verified: the model or its inputs have no values (meta device)"])
+    wide = bool(info.bits) or any(t.dtype in (torch.float16, torch.bfloat16) for t in whole.tensors.values())
+    dtype = torch.float64 if wide else torch.float32
+    with torch.no_grad(), mode_of(model, False):
+        results = [_run(cut, args, kwargs, double=wide) for cut in (whole, small)]
+        own = pytree.tree_leaves(model(*args, **kwargs))
+        plain = _run(whole, args, kwargs, double=False)
+    _, captured_gap = max_difference(own, plain)
+    _, gap = max_difference(*results)
+    for difference, limit, what in ((gap, TOLERANCE[dtype], "compact"), (captured_gap, 1e-2 if wide else 1e-4, "captured")):
+        if not (difference <= limit) and all(bool(leaf.isfinite().all()) for leaf in own if isinstance(leaf, torch.Tensor)):
+            raise BadModelError(
+                f"the {what} model differs from the zeroed one by {difference:.3g} of the largest output; nothing was changed. "
+                "If the model's forward is random or depends on tensor values in Python, that is why; else please report it"
+            )
+    if not math.isfinite(gap):
+        return replace(info, notes=[*info.notes, "not verified: the zeroed model's own output is not finite on the example inputs"])
+    return replace(info, max_difference=gap, precision=str(dtype).removeprefix("torch."))
+
+
+def _run(cut: _Cut, args: tuple[Any, ...], kwargs: Mapping[str, Any], *, double: bool) -> list[Any]:
+    """Outputs of a program on inputs, optionally with everything that is float32 widened to float64."""
+    program, tensors = cut.program, cut.tensors
+    if double:
+        program = replace(program, graph=_widened(program.graph))
+        tensors = {name: _wide(tensor) for name, tensor in tensors.items()}
+        args, kwargs = pytree.tree_map_only(torch.Tensor, _wide, (args, dict(kwargs)))
+    runner = CompactModel({"eval": program}, tensors, CompactInfo(), out_spec=cut.out_spec)
+    return pytree.tree_leaves(runner(*args, **kwargs))
+
+
+def _wide(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().double() if tensor.is_floating_point() else tensor.detach()
+
+
+def _widened(graph: fx.Graph) -> fx.Graph:
+    """The same graph with float dtypes written in it replaced by float64."""
+    floats = (torch.float32, torch.float16, torch.bfloat16)
+    wide = fx.Graph()
+    mapping: dict[fx.Node, fx.Node] = {}
+
+    def swap(value: Any) -> Any:
+        return torch.float64 if isinstance(value, torch.dtype) and value in floats else value
+
+    for node in graph.nodes:
+        mapping[node] = wide.node_copy(node, lambda n: mapping[n])
+        mapping[node].args = pytree.tree_map_only(torch.dtype, swap, mapping[node].args)
+        mapping[node].kwargs = pytree.tree_map_only(torch.dtype, swap, mapping[node].kwargs)
+    return wide

@@ -1,0 +1,181 @@
+"""The product: a smaller module that runs, trains, saves and explains itself."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import nn
+
+from geta.errors import BadModelError
+from geta.graph.capture import mode_of
+from geta.subnet.program import Program
+from geta.subnet.structure import rebuild
+
+if TYPE_CHECKING:
+    from geta.cost import Cost
+
+
+@dataclass(frozen=True)
+class CompactInfo:
+    """What a compact model knows about how it was made; plain JSON data.
+
+    bits: {tensor name: bits}; weights by parameter name, activations as "<module path>:input".
+    signed: the same names -> whether the integers have a sign.
+    kept: {family: indices that stayed}. family_sizes: {family: groups before}.
+    dense_cost: cost of the uncut float model on the example inputs, as JSON.
+    max_difference: max |zeroed - compact| / max |zeroed| on the example inputs; NaN if it could not be run.
+    precision: the precision of that comparison.
+    """
+
+    bits: dict[str, int] = field(default_factory=dict)
+    signed: dict[str, bool] = field(default_factory=dict)
+    kept: dict[str, list[int]] = field(default_factory=dict)
+    family_sizes: dict[str, int] = field(default_factory=dict)
+    dense_cost: dict[str, Any] | None = None
+    notes: list[str] = field(default_factory=list)
+    max_difference: float = math.nan
+    precision: str = ""
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+class Tensors(nn.Module):
+    """A tree of containers that holds tensors under the user's own dotted names."""
+
+    def add(self, name: str, tensor: torch.Tensor) -> None:
+        head, _, rest = name.partition(".")
+        if rest:
+            if head not in self._modules:
+                self.add_module(head, Tensors())
+            child = self._modules[head]
+            assert isinstance(child, Tensors)
+            child.add(rest, tensor)
+        elif isinstance(tensor, nn.Parameter):
+            self.register_parameter(head, tensor)
+        else:
+            self.register_buffer(head, tensor)
+
+
+class CompactModel(nn.Module):
+    """Runs a cut graph over sliced tensors. `.train()` and `.eval()` switch between two captures over the same tensors.
+
+    programs: "eval" and, if the model could be captured in training mode, "train".
+    tensors: by the names that the programs read; integer weights as `<param>_codes` with `<param>_scale`.
+    """
+
+    def __init__(
+        self,
+        programs: Mapping[str, Program],
+        tensors: Mapping[str, torch.Tensor],
+        info: CompactInfo,
+        *,
+        out_spec: pytree.TreeSpec | None = None,
+    ) -> None:
+        super().__init__()
+        self.programs = dict(programs)
+        self.info = info
+        self.net = Tensors()
+        for name, tensor in tensors.items():
+            self.net.add(name, tensor)
+        first = programs["eval"]
+        self._in_spec = rebuild(first.in_spec)
+        self._out_spec = out_spec or rebuild(first.out_spec)
+        self._run: dict[str, Callable[..., Any]] = {mode: program.compile() for mode, program in programs.items()}
+        self.eval()
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Called as the original model was in `analyze` (same arguments, any batch size)."""
+        leaves = self._flatten(args, kwargs)
+        outputs = self._run["train" if self.training else "eval"](self.net, *leaves)
+        return pytree.tree_unflatten(pytree.tree_leaves(outputs), self._out_spec)
+
+    def train(self, mode: bool = True) -> CompactModel:
+        """Raises BadModelError if the model could not be captured in training mode."""
+        if mode and "train" not in self.programs:
+            raise BadModelError("this compact model has no training graph; " + "; ".join(self.info.notes))
+        super().train(mode)
+        return self
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Every tensor by the name that the programs read."""
+        return {**dict(self.net.named_parameters()), **dict(self.net.named_buffers())}
+
+    @property
+    def bits(self) -> dict[str, int]:
+        """{tensor name: bits} of everything that is quantized."""
+        return dict(self.info.bits)
+
+    @property
+    def kept(self) -> dict[str, torch.Tensor]:
+        """{family: indices of the groups that stayed}."""
+        return {name: torch.tensor(indices, dtype=torch.int64) for name, indices in self.info.kept.items()}
+
+    @property
+    def cost(self) -> Cost:
+        """MACs, BOPs, parameters and bytes, computed on this model's own graph for the captured input sizes."""
+        from geta.cost import cost_of_graph
+
+        return cost_of_graph(self.programs["eval"].graph, self.tensors())
+
+    def verify(self, *args: Any, reference: nn.Module | None = None, **kwargs: Any) -> float:
+        """Max |reference - this| over all outputs on the given inputs, in evaluation mode.
+
+        reference: the zeroed original; None = the difference that was measured when this model was made, relative.
+        """
+        if reference is None:
+            return self.info.max_difference
+        with mode_of(reference, False), mode_of(self, False), torch.no_grad():
+            expected, found = reference(*args, **kwargs), self(*args, **kwargs)
+        return max_difference(pytree.tree_leaves(expected), pytree.tree_leaves(found))[0]
+
+    def save(self, path: str | Path) -> None:
+        """Write safetensors + JSON + graph, integers packed to their bits; atomic, no pickle."""
+        from geta.export.storage import save
+
+        save(self, path)
+
+    def _flatten(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+        leaves, spec = pytree.tree_flatten((args, kwargs))
+        if spec == self._in_spec:
+            return leaves
+        _, expected = pytree.tree_unflatten([0] * self._in_spec.num_leaves, self._in_spec)
+        if set(expected) == set(kwargs):
+            leaves, spec = pytree.tree_flatten((args, {name: kwargs[name] for name in expected}))
+            if spec == self._in_spec:
+                return leaves
+        example = pytree.tree_unflatten(["*"] * self._in_spec.num_leaves, self._in_spec)
+        raise BadModelError(
+            f"the compact model was captured for the arguments {_signature(*example)} and was called with {_signature(args, kwargs)}; "
+            "call it with the same arguments, or analyze the model with the ones you need"
+        )
+
+
+def _signature(args: Iterable[Any], kwargs: Mapping[str, Any]) -> str:
+    shown = ["*" if not isinstance(a, (tuple, list, dict)) else type(a).__name__ for a in args]
+    return f"({', '.join([*shown, *[f'{name}=*' for name in kwargs]])})"
+
+
+def max_difference(expected: list[Any], found: list[Any]) -> tuple[float, float]:
+    """(max |a - b|, the same over max |a|) over matching tensors; infinity if shapes differ or something is not finite."""
+    worst, scale = 0.0, 0.0
+    for a, b in zip(expected, found, strict=True):
+        if not isinstance(a, torch.Tensor):
+            continue
+        if a.shape != b.shape:
+            return math.inf, math.inf
+        if a.numel() == 0:
+            continue
+        if not a.is_floating_point() and not a.is_complex():
+            worst = max(worst, float((a != b).sum()))
+            continue
+        gap = (a - b).abs().max()
+        worst = max(worst, float(gap)) if bool(gap.isfinite()) else math.inf
+        scale = max(scale, float(a.abs().max()))
+    return worst, worst / scale if scale else worst
