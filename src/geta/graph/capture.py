@@ -198,6 +198,7 @@ def _clean(module: fx.GraphModule, notes: list[str]) -> fx.Graph:
             graph.erase_node(node)
         elif node.op == "get_attr" and not node.users:
             graph.erase_node(node)
+    graph.eliminate_dead_code()  # code that only looks at `weight.dtype` leaves a whole computation without a use
     return graph
 
 

@@ -12,6 +12,7 @@ from torch import nn
 from geta.graph.context import INTERNAL
 from geta.graph.families import Family, Member, Role
 from geta.graph.labels import FIXED, Owner, Value, squeezed, varying
+from geta.graph.names import find_tensor
 from geta.graph.propagate import Propagation
 from geta.graph.solver import Partition, canonical
 
@@ -48,7 +49,7 @@ def build_families(found: Propagation, partition: Partition, model: nn.Module) -
         mine = parts[(key, reason)]
         if all(part.owner.tensor in buffers for part in mine) or reason.startswith(INTERNAL):
             continue
-        built.append(_family(found, partition, (members, reason), mine, (buffers, demanded)))
+        built.append(_family(found, partition, (members, reason), mine, (buffers, demanded, model)))
     return _unique_names(built)
 
 
@@ -117,10 +118,10 @@ def _family(
     partition: Partition,
     what: tuple[list[int], str],
     parts: list[Part],
-    context: tuple[set[str], Mapping[int, set[int]]],
+    context: tuple[set[str], Mapping[int, set[int]], nn.Module],
 ) -> Family:
     roots, reason = what
-    buffers, demanded = context
+    buffers, demanded, _ = context
     mine = set(roots)
     members = []
     for part in parts:
@@ -132,7 +133,7 @@ def _family(
         members = [Member(m.param, m.dim, m.index, m.role, m.role != "buffer") for m in members]
     if not reason and len(roots) == 1:
         reason = ONLY_ONE
-    unit = _unit(members, [partition.units[root] for root in roots[:1] if root in partition.units])
+    unit = _unit(members, [partition.units[root] for root in roots[:1] if root in partition.units], context[2])
     return Family(_name(members, unit), unit, len(roots), not reason, reason, tuple(members), _inexact(partition, roots))
 
 
@@ -140,16 +141,20 @@ def _inexact(partition: Partition, roots: list[int]) -> str:
     return next((partition.inexact[root] for root in roots if root in partition.inexact), "")
 
 
-def _unit(members: list[Member], hints: list[str]) -> str:
+def _unit(members: list[Member], hints: list[str], model: nn.Module) -> str:
     """What one group is, in words."""
-    producers = [member for member in members if member.role == "producer" and member.param.rpartition(".")[2] != "bias"] or members
+    producers = [member for member in members if member.role == "producer"] or members
     if hints and hints[0] == "heads":
         sizes = {member.index.shape[1] for member in producers}
         return "heads" if len(sizes) == 1 else "key-value groups"
     if hints:
         return hints[0]
-    main = max(producers, key=lambda member: len(member.index.shape))
-    return "rows" if main.dim == 0 and all(member.role != "producer" for member in members) else "channels"
+    ranks = [(find_tensor(model, member.param).dim(), member.dim) for member in producers]
+    if any(rank > 1 and dim == rank - 1 and member.role == "producer" for (rank, dim), member in zip(ranks, producers, strict=True)):
+        return "features"
+    if any(rank >= 3 and dim <= 1 for rank, dim in ranks):
+        return "channels"
+    return "neurons" if (2, 0) in ranks else "entries"
 
 
 def _name(members: list[Member], unit: str) -> str:

@@ -11,15 +11,6 @@ if TYPE_CHECKING:
     from geta.graph.dependency import DependencyGraph
 
 
-def touched(graph: DependencyGraph, family: Family) -> int:
-    """Number of parameter elements that one of the family's groups owns, summed over its groups (shared ones counted once per member)."""
-    total = 0
-    for member in family.members:
-        tensor = find_tensor(graph.model, member.param)
-        total += tensor.numel() // tensor.shape[member.dim] * member.index.numel()
-    return total
-
-
 def covered_fraction(graph: DependencyGraph) -> float:
     """Share of the model's parameter elements that lie in a row or column of some prunable family."""
     hit: dict[str, set[int]] = {}
@@ -36,11 +27,7 @@ def covered_fraction(graph: DependencyGraph) -> float:
 def to_table(graph: DependencyGraph) -> str:
     """Readable by somebody who has never seen the project."""
     rows = [("family", "groups", "each group is", "what shrinks with it", "prunable")]
-    hidden = 0
     for family in graph.families:
-        if not family.prunable and family.size == 1 and not family.reason:
-            hidden += 1
-            continue
         verdict = "yes" if family.prunable else f"no: it {family.reason}"
         if family.prunable and family.inexact:
             verdict = f"yes, inexactly: it {family.inexact}"
@@ -63,14 +50,19 @@ def _each(family: Family) -> str:
     main = next((member for member in family.members if member.role == "producer"), family.members[0])
     count = int(main.index.shape[1])
     word = ("row" if main.dim == 0 else "column" if main.dim == 1 else f"index of dim {main.dim}") + ("s" if count > 1 else "")
-    return f"{count} {word} of {main.param}"
+    return f"{count} {word} of {_tail(main.param)}"
 
 
 def _shrinks(family: Family) -> str:
     """The modules that lose something, shortened."""
     modules = list(dict.fromkeys(member.param.rpartition(".")[0] or member.param for member in family.members))
-    shown = ", ".join(modules[:3])
+    shown = ", ".join(_tail(module) for module in modules[:3])
     return shown if len(modules) <= 3 else f"{shown} and {len(modules) - 3} more"
+
+
+def _tail(name: str) -> str:
+    """The last two parts of a dotted name; the first column has the whole path."""
+    return ".".join(name.split(".")[-2:])
 
 
 def to_dot(graph: DependencyGraph) -> str:

@@ -154,6 +154,8 @@ class Solver:
         """Join what must keep the same indices; True when every track has settled on at most one letter."""
         views = [(operand, self.canonical(labels)) for operand, labels in item.tracks]
         settled = True
+        # A factor that varies along a batch letter alone (attention weights per head) decides for the other factor.
+        decided = {dims[0] for _, code in views if len(dims := varying(code)) == 1 and dims[0] in item.batch}
         by_dims: dict[tuple[int, ...], torch.Tensor] = {}
         for operand, code in views:
             dims = varying(code)
@@ -163,6 +165,8 @@ class Solver:
                     if letter in dims and any(other in dims for other in item.batch):
                         self._bind(code, (letter,))
                         self._constraints.units.append((np.unique(squeezed(code)), "heads"))
+                for letter in sorted(decided & set(dims)):
+                    self._bind(code, tuple(dim for dim in dims if dim != letter))
             if not dims:
                 continue
             if dims in by_dims:

@@ -117,14 +117,18 @@ def _cut(model: nn.Module, analysis: Analysis, graph: DependencyGraph, selection
     program, mapping = from_capture(analysis.capture, canonical)
     rewrite(analysis, mapping, kept)
     _record_examples(program.graph, _example_leaves(graph, analysis))
-    tensors: dict[str, torch.Tensor] = {}
-    for placeholder, name in canonical.items():
-        if name not in tensors:
-            source = analysis.capture.constants.get(name)
-            tensors[name] = _sliced(find_tensor(model, name) if source is None else source, kept.of_value(tied[placeholder]))
+    cut = {name: kept.of_value(tied[placeholder]) for placeholder, name in canonical.items()}
+
+    def read(name: str) -> torch.Tensor:
+        return analysis.capture.constants[name] if name in analysis.capture.constants else find_tensor(model, name)
+
+    tensors = {name: _sliced(read(name), stays) for name, stays in cut.items()}
     quantized = Quantized()
     if integers:
-        quantized = store_integers(program.graph, tensors, _quantizer_names(model))
+        quantized, stored = store_integers(program.graph, lambda name: read(name).detach(), _quantizer_names(model))
+        for item in stored:
+            tensors[item.codes_name] = _sliced(item.codes, cut[item.weight])
+            tensors[item.scale_name] = _sliced(read(item.step).detach(), cut[item.step])
     drop_unused(program.graph)
     used = set(program.tensor_names())
     return _Cut(program, {name: t for name, t in tensors.items() if name in used}, quantized, analysis.capture.out_spec)

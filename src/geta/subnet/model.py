@@ -172,6 +172,7 @@ def max_difference(expected: list[Any], found: list[Any]) -> tuple[float, float]
             return math.inf, math.inf
         if a.numel() == 0:
             continue
+        a, b = a.detach(), b.detach()
         if not a.is_floating_point() and not a.is_complex():
             worst = max(worst, float((a != b).sum()))
             continue

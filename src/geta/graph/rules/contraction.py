@@ -272,6 +272,9 @@ def embedding(ctx: Context) -> Value:
     ctx.freeze(weight, (0,), f"is looked up by index in {ctx.where}")
     ctx.freeze_all([ctx["indices"]], f"is used as an index in {ctx.where}")
     ctx.produce(weight)
+    for track in weight.tracks:
+        if track.dims == (0,):
+            ctx.constraints.units.append((squeezed(track.labels).reshape(-1).numpy(), "rows"))
     tracks = []
     for track in weight.tracks:
         column = narrow_dims(track.code, (0,)).reshape(-1)
