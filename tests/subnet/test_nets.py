@@ -7,12 +7,12 @@ import copy
 import pytest
 import torch
 import torch.utils._pytree as pytree
-from geta.graph import analyze
-from geta.subnet import compact
-from geta.subnet.model import max_difference
 from torch import nn
 
 import nets
+from geta.graph import analyze
+from geta.subnet import compact
+from geta.subnet.model import max_difference
 
 
 def outputs(model: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> list[torch.Tensor]:

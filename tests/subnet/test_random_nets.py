@@ -12,12 +12,12 @@ from typing import Any
 import pytest
 import torch
 import torch.utils._pytree as pytree
-from geta.graph import analyze
-from geta.subnet import compact
-from geta.subnet.model import max_difference
 from hypothesis import HealthCheck, given, seed, settings
 
 import random_nets
+from geta.graph import analyze
+from geta.subnet import compact
+from geta.subnet.model import max_difference
 
 EXAMPLES = int(os.environ.get("GETA_FUZZ_EXAMPLES", "300"))
 SHARDS = 6  # so that parallel test workers share the load

@@ -144,9 +144,7 @@ def _at_least_two(inputs: Any) -> Any:
     return pytree.tree_map(widen, inputs)
 
 
-def _export_once(
-    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: Any
-) -> torch.export.ExportedProgram:
+def _export_once(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: Any) -> torch.export.ExportedProgram:
     with _buffers_kept(model):
         try:
             return torch.export.export(model, args, kwargs, dynamic_shapes=dynamic_shapes, strict=False)
@@ -194,9 +192,7 @@ def _clean(module: fx.GraphModule, notes: list[str]) -> fx.Graph:
             _inline_region(module, node, notes)
     for node in reversed(list(graph.nodes)):
         name = getattr(node.target, "__name__", "").split(".")[0]
-        if node.op == "call_function" and name in _CHECK_OPS and not node.users:
-            graph.erase_node(node)
-        elif node.op == "get_attr" and not node.users:
+        if (node.op == "call_function" and name in _CHECK_OPS and not node.users) or (node.op == "get_attr" and not node.users):
             graph.erase_node(node)
     graph.eliminate_dead_code()  # code that only looks at `weight.dtype` leaves a whole computation without a use
     return graph

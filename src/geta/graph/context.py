@@ -99,9 +99,7 @@ class Context:
                 tracks.append((number, self.lay(track.labels, place.letters, rank)))
         if not tracks:
             return
-        spans = tuple(
-            tuple(letter for dim, letter in enumerate(place.letters) if place.value.shape[dim] > 1) for place in places
-        )
+        spans = tuple(tuple(letter for dim, letter in enumerate(place.letters) if place.value.shape[dim] > 1) for place in places)
         reason = f"must match a tensor of fixed size, such as a model input, in {self.where}"
         self.constraints.aligned.append(Aligned(tuple(tracks), spans, tuple(bound), tuple(batch), reason))
 

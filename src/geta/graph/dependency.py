@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from geta.errors import ConfigError
+from geta.errors import BadModelError, ConfigError
 from geta.graph.capture import Capture, capture, check_inputs
 from geta.graph.coupling import build_families
-from geta.graph.families import Family, Selection
+from geta.graph.families import Family, Member, Selection
 from geta.graph.names import canonical_name, find_tensor
 from geta.graph.propagate import Propagation, propagate
 from geta.graph.render import to_dot, to_table
@@ -118,7 +118,7 @@ class DependencyGraph:
                 if remove is None or not bool(remove.any()):
                     continue
                 for member in family.zeroed:
-                    tensor = find_tensor(model, member.param)
+                    tensor = _owned(model, member)
                     rows = member.index[remove].reshape(-1).to(tensor.device)
                     tensor.index_fill_(member.dim, rows, 0)
 
@@ -128,7 +128,7 @@ class DependencyGraph:
         for family in self.prunable_families:
             zero = torch.ones(family.size, dtype=torch.bool, device="cpu")
             for member in family.zeroed:
-                tensor = find_tensor(model, member.param).detach()
+                tensor = _owned(model, member).detach()
                 others = [dim for dim in range(tensor.dim()) if dim != member.dim]
                 still = (tensor == 0).cpu()
                 for dim in reversed(others):
@@ -136,6 +136,17 @@ class DependencyGraph:
                 zero &= still[member.index].all(1)
             selection[family.name] = zero
         return selection
+
+
+def _owned(model: nn.Module, member: Member) -> torch.Tensor:
+    """The tensor of a member; raises BadModelError when the model's is too small to be the analysed one."""
+    tensor = find_tensor(model, member.param)
+    if tensor.dim() <= member.dim or tensor.shape[member.dim] <= int(member.index.max()):
+        raise BadModelError(
+            f"'{member.param}' has shape {tuple(tensor.shape)}, too small for the graph, which uses index {int(member.index.max())} of "
+            f"dimension {member.dim}: was the graph made from another model?"
+        )
+    return tensor
 
 
 @dataclass(frozen=True)

@@ -34,14 +34,11 @@ def find_tensor(model: nn.Module, name: str) -> torch.Tensor:
             f"the model has no module '{path}' (needed for tensor '{name}'): was the graph made from another model?"
         ) from None
     parametrized = getattr(module, "parametrizations", None)
+    found: object
     if isinstance(parametrized, nn.ModuleDict) and leaf in parametrized:
         found = parametrized[leaf].original
     else:
-        found = module._parameters.get(leaf)
-        if found is None:
-            found = module._buffers.get(leaf)
+        found = module._parameters.get(leaf, module._buffers.get(leaf))
     if not isinstance(found, torch.Tensor):
-        raise BadModelError(
-            f"module '{path or '(the model itself)'}' has no tensor '{leaf}': was the graph made from another model?"
-        )
+        raise BadModelError(f"module '{path or '(the model itself)'}' has no tensor '{leaf}': was the graph made from another model?")
     return found

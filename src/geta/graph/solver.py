@@ -86,8 +86,8 @@ class Solver:
     def solve(self) -> Partition:
         for left, right in self._constraints.edges:
             self._join(left, right, "")
-        for labels, reason in self._constraints.fixed:
-            self._freeze(labels, reason)
+        for fixed, reason in self._constraints.fixed:
+            self._freeze(fixed, reason)
         self._merge()
         open_aligned = list(self._constraints.aligned)
         while True:
@@ -157,7 +157,7 @@ class Solver:
         # A factor that varies along a batch letter alone (attention weights per head) decides for the other factor.
         decided = {dims[0] for _, code in views if len(dims := varying(code)) == 1 and dims[0] in item.batch}
         by_dims: dict[tuple[int, ...], torch.Tensor] = {}
-        for operand, code in views:
+        for _operand, code in views:
             dims = varying(code)
             if len(dims) > 1:
                 settled = False

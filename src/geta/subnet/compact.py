@@ -59,7 +59,7 @@ def compact(
     if model is not graph.model and type(model) is not type(graph.model):
         raise ConfigError(f"the graph was made from a {type(graph.model).__name__}, the model is a {type(model).__name__}")
     if selection is None:
-        selection = _never_empty(graph, graph.zero_groups(model))
+        selection = _never_empty(graph.zero_groups(model))
     graph.check_selection(selection)
     notes = list(graph.notes)
     with _zeroed(model, graph, selection):
@@ -82,9 +82,9 @@ def compact(
     return result
 
 
-def _never_empty(graph: DependencyGraph, selection: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def _never_empty(selection: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """A family that is zero altogether keeps its first group: a layer without channels is not a layer."""
-    for name, remove in selection.items():
+    for remove in selection.values():
         if bool(remove.all()):
             remove[0] = False
     return selection

@@ -165,14 +165,14 @@ def _signature(args: Iterable[Any], kwargs: Mapping[str, Any]) -> str:
 def max_difference(expected: list[Any], found: list[Any]) -> tuple[float, float]:
     """(max |a - b|, the same over max |a|) over matching tensors; infinity if shapes differ or something is not finite."""
     worst, scale = 0.0, 0.0
-    for a, b in zip(expected, found, strict=True):
-        if not isinstance(a, torch.Tensor):
+    for left, right in zip(expected, found, strict=True):
+        if not isinstance(left, torch.Tensor):
             continue
+        a, b = left.detach(), right.detach()
         if a.shape != b.shape:
             return math.inf, math.inf
         if a.numel() == 0:
             continue
-        a, b = a.detach(), b.detach()
         if not a.is_floating_point() and not a.is_complex():
             worst = max(worst, float((a != b).sum()))
             continue

@@ -23,14 +23,14 @@ from geta.graph.solver import canonical
 Kept = dict[int, torch.Tensor]
 """dim -> indices that stay (int64, ascending); dimensions that keep everything are absent."""
 
-_REWRITERS: dict[str, Callable[["Edit"], None]] = {}
+_REWRITERS: dict[str, Callable[[Edit], None]] = {}
 _aten = torch.ops.aten
 
 
-def rewrites(*names: str) -> Callable[[Callable[["Edit"], None]], Callable[["Edit"], None]]:
+def rewrites(*names: str) -> Callable[[Callable[[Edit], None]], Callable[[Edit], None]]:
     """Register how an operator's constants follow a removal."""
 
-    def register(function: Callable[["Edit"], None]) -> Callable[["Edit"], None]:
+    def register(function: Callable[[Edit], None]) -> Callable[[Edit], None]:
         for name in names:
             _REWRITERS[f"aten::{name}"] = function
         return function
@@ -139,7 +139,20 @@ def rewrite(analysis: Analysis, mapping: Mapping[fx.Node, fx.Node], kept: KeptIn
             rewriter(Edit(node, new, kept, values))
 
 
-@rewrites("view", "reshape", "_unsafe_view", "_reshape_alias", "expand", "broadcast_to", "zeros", "ones", "full", "new_zeros", "new_ones", "new_full")
+@rewrites(
+    "view",
+    "reshape",
+    "_unsafe_view",
+    "_reshape_alias",
+    "expand",
+    "broadcast_to",
+    "zeros",
+    "ones",
+    "full",
+    "new_zeros",
+    "new_ones",
+    "new_full",
+)
 def _sizes(edit: Edit) -> None:
     names = [argument.name for argument in edit.node.target._schema.arguments]  # type: ignore[union-attr]
     edit.sizes("size" if "size" in names else "shape")

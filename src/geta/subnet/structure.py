@@ -48,7 +48,9 @@ def _describe(spec: pytree.TreeSpec) -> Any:
         return [name, children]
     if name in ("dict", "OrderedDict"):
         return [name, list(spec.context), children]
-    fields = spec.context[0] if isinstance(spec.context, (list, tuple)) and spec.context and isinstance(spec.context[0], list) else spec.context
+    fields = (
+        spec.context[0] if isinstance(spec.context, (list, tuple)) and spec.context and isinstance(spec.context[0], list) else spec.context
+    )
     if not (isinstance(fields, (list, tuple)) and len(fields) == len(children) and all(isinstance(f, str) for f in fields)):
         fields = [str(place) for place in range(len(children))]
     return ["object", list(fields), children]

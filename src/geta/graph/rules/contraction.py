@@ -103,8 +103,7 @@ def _without_subsets(tracks: dict[tuple[int, ...], Track], batch: Sequence[int])
 
 def squeezed_or(code: torch.Tensor, zero_of: torch.Tensor) -> torch.Tensor:
     """`code` with the zero bits of another track of the same shape added."""
-    small, bits = torch.broadcast_tensors(squeezed(code), squeezed(zero_of) & 1)
-    return (small | bits).expand(code.shape)
+    return (squeezed(code) | (squeezed(zero_of) & 1)).expand(code.shape)
 
 
 def _add_bias(ctx: Context, value: Value, bias: Value | None, dim: int) -> Value:
@@ -187,7 +186,7 @@ def bind_dim(ctx: Context, value: Value, dim: int) -> None:
 def convolution(ctx: Context) -> Value:
     """y[n, g, o, ...] = sum over i, k of x[n, g, i, ...] w[g, o, i, k] + b. Groups keep equal positions, or go as a whole."""
     if ctx.arguments.get("transposed"):
-        return conv_transpose(ctx)
+        return _transposed(ctx)
     x, weight, groups = ctx["input"], ctx["weight"], ctx["groups"]
     per_in, per_out = weight.shape[1], weight.shape[0] // groups
     split_w = unfold_dim(weight, 0, (groups, per_out))
@@ -198,6 +197,10 @@ def convolution(ctx: Context) -> Value:
 @rule("aten::conv_transpose1d", "aten::conv_transpose2d", "aten::conv_transpose3d")
 def conv_transpose(ctx: Context) -> Value:
     """As convolution, with the weight stored as [g * i, o, k]."""
+    return _transposed(ctx)
+
+
+def _transposed(ctx: Context) -> Value:
     x, weight, groups = ctx["input"], ctx["weight"], ctx["groups"]
     per_in, per_out = weight.shape[0] // groups, weight.shape[1]
     split_w = unfold_dim(weight, 0, (groups, per_in))

@@ -39,7 +39,7 @@ def moves_as(ctx: Context) -> Value:
 def _run(ctx: Context, name: str, track: Track) -> Track:
     arguments = {key: track.code if key == name else value for key, value in ctx.arguments.items()}
     if ctx.op in ("view", "_unsafe_view", "_reshape_alias"):  # labels are laid out in memory differently than the data
-        return Track(track.code.reshape(arguments["size"]), track.origins)
+        return Track(track.code.reshape(ctx["size"]), track.origins)
     return Track(call(ctx.node.target, arguments), track.origins)
 
 
@@ -183,8 +183,17 @@ def _shared(operands: Sequence[Value], dim: int, shape: tuple[int, ...]) -> list
     return found
 
 
-@rule("aten::constant_pad_nd", "aten::pad", "aten::reflection_pad1d", "aten::reflection_pad2d", "aten::reflection_pad3d",
-      "aten::replication_pad1d", "aten::replication_pad2d", "aten::replication_pad3d", "aten::zero_pad2d")
+@rule(
+    "aten::constant_pad_nd",
+    "aten::pad",
+    "aten::reflection_pad1d",
+    "aten::reflection_pad2d",
+    "aten::reflection_pad3d",
+    "aten::replication_pad1d",
+    "aten::replication_pad2d",
+    "aten::replication_pad3d",
+    "aten::zero_pad2d",
+)
 def pad(ctx: Context) -> Value:
     """New entries get labels of their own, so that the amounts of padding follow whatever they are joined with."""
     value = ctx["self"]

@@ -16,8 +16,8 @@ ZeroLaw = Literal["keep", "lose", "and", "or"]
 
 _KEEP = """abs absolute alias alpha_dropout arcsinh arctan asin asinh atan atanh celu clone contiguous deg2rad detach dropout elu erf
 erfinv expm1 feature_alpha_dropout feature_dropout fix floor frac gelu hardshrink hardswish isinf isnan leaky_relu lift_fresh
-lift_fresh_copy log1p mish nan_to_num native_dropout neg negative positive real relu relu6 round rrelu selu sgn sign silu sin sinh softshrink
-sqrt square tan tanh tanhshrink to _to_copy tril triu trunc type_as zero zeros_like""".split()
+lift_fresh_copy log1p mish nan_to_num native_dropout neg negative positive real relu relu6 round rrelu selu sgn sign silu sin sinh
+softshrink sqrt square tan tanh tanhshrink to _to_copy tril triu trunc type_as zero zeros_like""".split()
 _LOSE = """acos acosh bernoulli bitwise_not cos cosh digamma empty_like erfc exp exp2 fill full_like hardsigmoid isfinite lgamma log log10
 log2 log_sigmoid logical_not logit ones_like rand_like randn_like reciprocal rsqrt sigmoid sinc softplus""".split()
 
@@ -158,8 +158,24 @@ def powers(ctx: Context) -> Value:
     return pointwise(ctx, [ctx["self"]], "keep" if exponent > 0 else "lose")
 
 
-@rule("aten::maximum", "aten::minimum", "aten::fmax", "aten::fmin", "aten::hypot", "aten::__or__", "aten::logical_or", "aten::bitwise_or",
-      "aten::ne", "aten::lt", "aten::gt", "aten::less", "aten::greater", "aten::__xor__", "aten::logical_xor", "aten::bitwise_xor")
+@rule(
+    "aten::maximum",
+    "aten::minimum",
+    "aten::fmax",
+    "aten::fmin",
+    "aten::hypot",
+    "aten::__or__",
+    "aten::logical_or",
+    "aten::bitwise_or",
+    "aten::ne",
+    "aten::lt",
+    "aten::gt",
+    "aten::less",
+    "aten::greater",
+    "aten::__xor__",
+    "aten::logical_xor",
+    "aten::bitwise_xor",
+)
 def zero_of_zeros(ctx: Context) -> Value:
     """f(0, 0) = 0."""
     operands = tensors(ctx["self"], ctx["other"])

@@ -26,8 +26,23 @@ def filled(ctx: Context) -> Value:
     return Value(ctx.shape, tuple(tracks))
 
 
-@rule("aten::arange", "aten::linspace", "aten::eye", "aten::empty", "aten::new_empty", "aten::rand", "aten::randn", "aten::randint",
-      "aten::randperm", "aten::scalar_tensor", "aten::tensor", "aten::empty_strided", "aten::new_empty_strided", "aten::hann_window", "aten::normal")
+@rule(
+    "aten::arange",
+    "aten::linspace",
+    "aten::eye",
+    "aten::empty",
+    "aten::new_empty",
+    "aten::rand",
+    "aten::randn",
+    "aten::randint",
+    "aten::randperm",
+    "aten::scalar_tensor",
+    "aten::tensor",
+    "aten::empty_strided",
+    "aten::new_empty_strided",
+    "aten::hann_window",
+    "aten::normal",
+)
 def unlabelled(ctx: Context) -> Any:
     """The values depend on the size, so whatever meets them stays."""
     if any(isinstance(value, Value) and value.tracks for value in ctx.arguments.values()):

@@ -10,8 +10,9 @@ from geta.graph.rules.contraction import bind_dim, unfold_dim
 from geta.graph.rules.registry import rule
 
 
-def _affine(ctx: Context, x: Value, weight: Value | None, bias: Value | None, channel: int, others: list[Value]) -> Value:
+def _affine(ctx: Context, channel: int, others: list[Value]) -> Value:
     """Couple x with its per-channel parameters; a channel whose weight and bias are zero is zero whatever it was."""
+    x, weight, bias = ctx["input"], ctx["weight"], ctx["bias"]
     trained = [value for value in (weight, bias) if value is not None]
     places = [Place(x, tuple(range(x.rank))), *[Place(value, (channel,)) for value in (*trained, *others)]]
     ctx.align(places, x.rank)
@@ -44,7 +45,7 @@ def batch_norm(ctx: Context) -> Any:
     x = ctx["input"]
     ctx.freeze(x, tuple(range(2, x.rank)), f"crosses {ctx.where}")
     stats = [value for value in running if isinstance(value, Value)]
-    return _result(ctx, _affine(ctx, x, ctx["weight"], ctx["bias"], 1, stats))
+    return _result(ctx, _affine(ctx, 1, stats))
 
 
 @rule("aten::group_norm", "aten::native_group_norm")
@@ -58,7 +59,7 @@ def group_norm(ctx: Context) -> Any:
     if x.shape[1] > groups:
         for track in grouped.tracks:
             ctx.constraints.units.append((squeezed(track.labels).reshape(-1).numpy(), "norm groups"))
-    return _result(ctx, _affine(ctx, x, ctx["weight"], ctx["bias"], 1, []))
+    return _result(ctx, _affine(ctx, 1, []))
 
 
 @rule("aten::layer_norm", "aten::native_layer_norm", "aten::rms_norm", "aten::_fused_rms_norm")

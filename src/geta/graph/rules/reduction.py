@@ -35,13 +35,30 @@ def _reduced(ctx: Context, value: Value, dims: tuple[int, ...], *, keeps_zero: b
     if isinstance(fake, (tuple, list)):
         shape = concrete_shape(fake[0])
         plain = Value(shape, tuple(Track(compress(t.code), t.origins) for t in tracks), value.derived)
-        return tuple(Value(plain.shape, tuple(Track(squeezed(t.code).bitwise_and(-2).expand(t.code.shape), t.origins) for t in plain.tracks))
-                     if place else plain for place in range(len(fake)))
+        return tuple(
+            Value(plain.shape, tuple(Track(squeezed(t.code).bitwise_and(-2).expand(t.code.shape), t.origins) for t in plain.tracks))
+            if place
+            else plain
+            for place in range(len(fake))
+        )
     return ctx.free(tracks, value.derived)
 
 
-@rule("aten::mean", "aten::amax", "aten::amin", "aten::max", "aten::min", "aten::var", "aten::std", "aten::norm", "aten::linalg_vector_norm",
-      "aten::median", "aten::any", "aten::var_mean", "aten::std_mean")
+@rule(
+    "aten::mean",
+    "aten::amax",
+    "aten::amin",
+    "aten::max",
+    "aten::min",
+    "aten::var",
+    "aten::std",
+    "aten::norm",
+    "aten::linalg_vector_norm",
+    "aten::median",
+    "aten::any",
+    "aten::var_mean",
+    "aten::std_mean",
+)
 def statistics(ctx: Context) -> Any:
     """Fewer entries would change the result, unless the whole reduced slice goes (a head). f(0, ..., 0) = 0."""
     value = next(value for value in ctx.arguments.values() if isinstance(value, Value))
@@ -73,8 +90,19 @@ def folds(ctx: Context) -> Any:
     return _reduced(ctx, value, dims, keeps_zero=False)
 
 
-@rule("aten::softmax", "aten::_softmax", "aten::log_softmax", "aten::_log_softmax", "aten::_safe_softmax", "aten::cumsum", "aten::cumprod",
-      "aten::logcumsumexp", "aten::sort", "aten::argsort", "aten::diff")
+@rule(
+    "aten::softmax",
+    "aten::_softmax",
+    "aten::log_softmax",
+    "aten::_log_softmax",
+    "aten::_safe_softmax",
+    "aten::cumsum",
+    "aten::cumprod",
+    "aten::logcumsumexp",
+    "aten::sort",
+    "aten::argsort",
+    "aten::diff",
+)
 def along_one(ctx: Context) -> Any:
     """Keeps its shape; the dimension it runs along must stay."""
     value = ctx["self"]
@@ -89,11 +117,20 @@ def along_one(ctx: Context) -> Any:
     return ctx.free(tracks, value.derived)
 
 
-_POOLS = {f"aten::{name}{n}d": n for n in (1, 2, 3) for name in
-          ("max_pool", "avg_pool", "adaptive_avg_pool", "adaptive_max_pool")}
-_POOLS |= {"aten::max_pool2d_with_indices": 2, "aten::_adaptive_avg_pool2d": 2, "aten::upsample_nearest1d": 1, "aten::upsample_nearest2d": 2,
-           "aten::upsample_nearest3d": 3, "aten::upsample_bilinear2d": 2, "aten::upsample_bicubic2d": 2, "aten::upsample_linear1d": 1,
-           "aten::_upsample_bilinear2d_aa": 2, "aten::_upsample_bicubic2d_aa": 2, "aten::upsample_trilinear3d": 3}
+_POOLS = {f"aten::{name}{n}d": n for n in (1, 2, 3) for name in ("max_pool", "avg_pool", "adaptive_avg_pool", "adaptive_max_pool")}
+_POOLS |= {
+    "aten::max_pool2d_with_indices": 2,
+    "aten::_adaptive_avg_pool2d": 2,
+    "aten::upsample_nearest1d": 1,
+    "aten::upsample_nearest2d": 2,
+    "aten::upsample_nearest3d": 3,
+    "aten::upsample_bilinear2d": 2,
+    "aten::upsample_bicubic2d": 2,
+    "aten::upsample_linear1d": 1,
+    "aten::_upsample_bilinear2d_aa": 2,
+    "aten::_upsample_bicubic2d_aa": 2,
+    "aten::upsample_trilinear3d": 3,
+}
 
 
 @rule(*_POOLS)
@@ -121,7 +158,10 @@ def index(ctx: Context) -> Any:
     ctx.freeze(value, dims, f"is indexed in {ctx.where}")
     ctx.produce(value)
     plain = [None if item is None else torch.zeros(item.shape, dtype=torch.int64) for item in indices]
-    tracks = [Track(call(ctx.node.target, {"self": narrow_dims(t.code, dims).expand(value.shape), "indices": plain}), t.origins) for t in value.tracks]
+    tracks = [
+        Track(call(ctx.node.target, {"self": narrow_dims(t.code, dims).expand(value.shape), "indices": plain}), t.origins)
+        for t in value.tracks
+    ]
     return ctx.free(tracks, value.derived and all(item.derived for item in indices if item is not None))
 
 

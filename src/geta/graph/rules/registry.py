@@ -38,7 +38,7 @@ def find_rule(target: Any) -> Rule | None:
 
 
 def operator_name(target: Any) -> str:
-    """"aten::add" for `torch.ops.aten.add.Tensor`; "python::mul" for a Python function on sizes."""
+    """ "aten::add" for `torch.ops.aten.add.Tensor`; "python::mul" for a Python function on sizes."""
     if isinstance(target, torch._ops.OpOverload):
         return target._schema.name
     return f"python::{getattr(target, '__name__', target)}"
