@@ -257,3 +257,22 @@ def test_without_a_training_graph_it_says_so() -> None:
     assert any("only for inference" in note for note in small.info.notes)
     with pytest.raises(BadModelError, match="no training graph"):
         small.train()
+
+
+def test_without_gradients_the_same_values_come_out_and_follow_changes() -> None:
+    model = quantized(net(), (X,))
+    small = compact(model, analyze(model, (X,)), {})
+    with torch.no_grad():
+        lean = small(X)
+        again = small(X)
+    assert torch.equal(small(X).detach(), lean) and torch.equal(again, lean)
+    with torch.no_grad():
+        small.net.get_buffer("head.weight_scale").mul_(2.0)
+        changed = small(X)
+    assert not torch.equal(changed, lean) and torch.equal(small(X).detach(), changed)
+    with torch.inference_mode():
+        assert torch.equal(small(X), changed)
+    copied = copy.deepcopy(small).double()
+    with torch.no_grad():
+        assert copied(X.double()).dtype == torch.float64
+        assert torch.equal(small(X), changed)

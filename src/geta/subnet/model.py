@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,7 @@ from torch import nn
 
 from geta.errors import BadModelError
 from geta.graph.capture import mode_of
+from geta.subnet.inference import lean
 from geta.subnet.program import Program
 from geta.subnet.structure import rebuild
 
@@ -88,13 +90,27 @@ class CompactModel(nn.Module):
         self._in_spec = rebuild(first.in_spec)
         self._out_spec = out_spec or rebuild(first.out_spec)
         self._run: dict[str, Callable[..., Any]] = {mode: program.compile() for mode, program in programs.items()}
+        self._run["lean"] = replace(first, graph=lean(first.graph)).compile()
         self.eval()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Called as the original model was in `analyze` (same arguments, any batch size)."""
         leaves = self._flatten(args, kwargs)
-        outputs = self._run["train" if self.training else "eval"](self.net, *leaves)
+        outputs = self._runner()(self.net, *leaves)
         return pytree.tree_unflatten(pytree.tree_leaves(outputs), self._out_spec)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> CompactModel:
+        """Copies share the programs, which never change, and own their tensors."""
+        tensors = {name: copy.deepcopy(tensor, memo) for name, tensor in self.tensors().items()}
+        copied = CompactModel(self.programs, tensors, self.info, out_spec=self._out_spec)
+        nn.Module.train(copied, self.training)
+        return copied
+
+    def _runner(self) -> Callable[..., Any]:
+        if self.training:
+            return self._run["train"]
+        traced = torch.compiler.is_compiling() or torch.compiler.is_exporting() or torch.is_grad_enabled()
+        return self._run["eval" if traced else "lean"]
 
     def train(self, mode: bool = True) -> CompactModel:
         """Raises BadModelError if the model could not be captured in training mode."""

@@ -1,0 +1,236 @@
+"""Put quantizers into a model: parametrizations on weights, forward pre-hooks on layer inputs."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from geta.errors import BadModelError, ConfigError
+from geta.quant.bits import LARGEST, Bits
+from geta.quant.calibration import Range, calibrate, map_inputs
+from geta.quant.quantizer import Kind, Quantizer
+from geta.quant.surrogate import STE, Surrogate
+from geta.quant.targets import INPUT_QUANTIZER, Layer, Weight, find_layers, find_weights, is_finite
+
+DEFAULT_EXCLUDE = ("*.head",)
+
+Granularity = Literal["tensor", "channel"]
+BitsLike = Bits | Sequence[int] | int
+
+
+@dataclass(frozen=True)
+class _Settings:
+    """The checked arguments of `quantize` that every quantizer shares."""
+
+    surrogate: Surrogate
+    linear: bool
+    initial_bits: int
+
+    def quantizer(self, name: str, kind: Kind, bits: Bits, q_m: Tensor, *, signed: bool) -> Quantizer:
+        return Quantizer(
+            name,
+            kind,
+            bits,
+            q_m,
+            signed=signed,
+            linear=self.linear,
+            surrogate=self.surrogate,
+            initial_bits=self.initial_bits,
+        )
+
+
+def quantize(  # noqa: PLR0913 - the fixed public interface, keywords only
+    model: nn.Module,
+    *,
+    weights: BitsLike | None = Bits(4, 8),  # noqa: B008 - frozen
+    activations: BitsLike | None = Bits(8, 8),  # noqa: B008 - frozen
+    surrogate: Surrogate = STE(),  # noqa: B008 - frozen
+    granularity: Granularity = "tensor",
+    exclude: Sequence[str] = DEFAULT_EXCLUDE,
+    calibration: Iterable[Any] | None = None,
+    calibration_batches: int = 32,
+    percentile: float = 99.9,
+    nonlinear: bool = False,
+    initial_bits: int = 16,
+) -> nn.Module:
+    """Attach trainable quantizers to `model`, in place, and return it. What gets one: see `geta.quant.targets`.
+
+    weights, activations: range of bit widths, or None to leave them in floating point.
+    surrogate:    gradient of the rounding: `STE()` or `Fourier((0.21,))`.
+    granularity:  one quantizer per weight "tensor" or one per output "channel" of it; activations always have one.
+    exclude:      `fnmatch` patterns over whole module paths; a matched module, all inside it and all weights that it shares with
+                  other modules stay as they are.
+    calibration:  iterable of real batches for the activations' ranges; a tensor is passed as model(x), a tuple or list as
+                  model(*batch), a dict as model(**batch). At most `calibration_batches` are used.
+    percentile:   the range is the mean over batches of this percentile of |x|; 100 = the largest |x| seen. Inputs that were never
+                  negative get unsigned codes.
+    nonlinear:    learn the exponent t too; otherwise it stays 1.
+    initial_bits: bit width to start from (the optimizer narrows it).
+
+    Weights start at q_m = max |w| (a zero tensor: 1 / sqrt(fan in)), t = 1, d = d(initial_bits). Tied weights share one quantizer.
+    The parameter `weight` is stored as `parametrizations.weight.original` from now on and d, q_m, t are new parameters: make the
+    torch optimizer after this call. Whatever fails, the model is left as it was.
+
+    Raises ConfigError for impossible or useless settings and unusable calibration batches; BadModelError for a weight that is
+    not finite or something that isn't a module. Source: GETA (arXiv 2502.16638) section 3.
+    Deviation: activations are calibrated on data and get unsigned codes where that fits; per-channel ranges are an addition.
+    """
+    if not isinstance(model, nn.Module):
+        raise BadModelError(f"quantize needs a torch.nn.Module, got {type(model).__name__}")
+    weight_bits = None if weights is None else Bits.of(weights)
+    activation_bits = None if activations is None else Bits.of(activations)
+    settings = _Settings(surrogate, linear=not nonlinear, initial_bits=initial_bits)
+    _check_settings(settings, weight_bits, activation_bits, granularity)
+    _check_calibration(calibration, calibration_batches, percentile, activation_bits)
+    _refuse_quantized(model)
+    patterns = (exclude,) if isinstance(exclude, str) else tuple(exclude)
+    layers = find_layers(model, patterns, strict=exclude is not DEFAULT_EXCLUDE)
+    weight_plan = [] if weight_bits is None else _plan_weights(model, layers, weight_bits, granularity, settings)
+    input_plan: list[tuple[Layer, Quantizer]] = []
+    if activation_bits is not None and calibration is not None:
+        inputs = [layer for layer in layers if layer.quantize_input]
+        ranges = calibrate(model, inputs, calibration, percentile=percentile, limit=calibration_batches) if inputs else {}
+        input_plan = _plan_inputs(inputs, ranges, activation_bits, settings)
+    if not weight_plan and not input_plan:
+        raise ConfigError(
+            f"nothing to quantize: {type(model).__name__} has no layer with a floating-point weight of two or more dimensions "
+            f"outside exclude={patterns!r}; check exclude"
+        )
+    _attach(weight_plan, input_plan)
+    return model
+
+
+def quantizers(model: nn.Module) -> dict[str, Quantizer]:
+    """All quantizers of `model` in module order, keyed by their `name`: `conv1.weight`, `conv1:input`.
+
+    Raises BadModelError when two different quantizers have one name (a quantized layer was copied inside the model).
+    """
+    found: dict[str, Quantizer] = {}
+    for path, module in model.named_modules():
+        if isinstance(module, Quantizer):
+            if module.name in found:
+                raise BadModelError(
+                    f"two quantizers are called '{module.name}' (the second is '{path}'): a quantized layer was copied inside the "
+                    "model; build the whole model first and quantize it afterwards"
+                )
+            found[module.name] = module
+    return found
+
+
+def _check_settings(settings: _Settings, weights: Bits | None, activations: Bits | None, granularity: str) -> None:
+    if weights is None and activations is None:
+        raise ConfigError("quantize: weights and activations are both None; give at least one a range of bits")
+    if not isinstance(settings.surrogate, Surrogate) or isinstance(settings.surrogate, type):
+        raise ConfigError(f"surrogate: {settings.surrogate!r} has no coefficients; use STE() or Fourier((0.21,))")
+    if granularity not in ("tensor", "channel"):
+        raise ConfigError(f"granularity: {granularity!r} is unknown; use 'tensor' or 'channel'")
+    if granularity == "channel" and weights is None:
+        warnings.warn("granularity='channel' has no effect: it is about weights, and weights=None", stacklevel=3)
+    for key, bits in (("weights", weights), ("activations", activations)):
+        if bits is not None and not bits.lower <= settings.initial_bits <= LARGEST:
+            raise ConfigError(
+                f"initial_bits: {settings.initial_bits} is outside [{bits.lower}, {LARGEST}], from the lower bound of {key} to the "
+                "widest supported; 16 is a good start"
+            )
+
+
+def _check_calibration(calibration: object, batches: int, percentile: float, activations: Bits | None) -> None:
+    if activations is not None and calibration is None:
+        raise ConfigError(
+            "activations are to be quantized, but their ranges are unknown: pass calibration=[batch, ...] with real inputs, or "
+            "activations=None"
+        )
+    if activations is None and calibration is not None:
+        warnings.warn("calibration has no effect: only activations need it, and activations=None", stacklevel=3)
+    if batches < 1:
+        raise ConfigError(f"calibration_batches: {batches} is impossible; use at least 1")
+    if not 50.0 <= percentile <= 100.0:
+        raise ConfigError(f"percentile: {percentile} is outside [50, 100]; 99.9 is a good start, 100 is the largest value")
+
+
+def _refuse_quantized(model: nn.Module) -> None:
+    present = quantizers(model)
+    if present:
+        raise ConfigError(
+            f"this model already has {len(present)} quantizers (first: '{next(iter(present))}'); call quantize once, on a model that "
+            "has none"
+        )
+
+
+def _plan_weights(
+    model: nn.Module, layers: Sequence[Layer], bits: Bits, granularity: Granularity, settings: _Settings
+) -> list[tuple[Weight, Quantizer]]:
+    plan = []
+    for weight in find_weights(model, layers):
+        q_m = _weight_range(weight, granularity)
+        plan.append((weight, settings.quantizer(weight.name, "weight", bits, q_m, signed=True)))
+    return plan
+
+
+def _plan_inputs(layers: Sequence[Layer], ranges: Mapping[str, Range], bits: Bits, settings: _Settings) -> list[tuple[Layer, Quantizer]]:
+    plan = []
+    for layer in layers:
+        found = ranges.get(layer.path)
+        if found is not None:
+            quantizer = settings.quantizer(f"{layer.path}:input", "activation", bits, found.q_m, signed=found.signed)
+            plan.append((layer, quantizer))
+    return plan
+
+
+def _weight_range(weight: Weight, granularity: Granularity) -> Tensor:
+    """Initial q_m of shape `[]` or broadcasting per output channel; never zero, or the weights could not leave zero."""
+    tensor = weight.tensor.detach()
+    if not is_finite(tensor):
+        raise BadModelError(f"weight '{weight.name}' has infinite or NaN values; quantize a model with finite weights")
+    magnitudes = tensor.to(torch.promote_types(tensor.dtype, torch.float32)).abs()
+    fan_in = max(1, tensor.numel() // max(1, tensor.shape[weight.output_dim]))
+    largest = magnitudes.amax() if tensor.numel() else magnitudes.new_zeros(())
+    largest = torch.where(largest > 0, largest, fan_in**-0.5)
+    if granularity == "tensor" or not tensor.numel():
+        return largest
+    others = [dim for dim in range(tensor.dim()) if dim != weight.output_dim]
+    per_channel = magnitudes.amax(dim=others, keepdim=True)
+    return torch.where(per_channel > 0, per_channel, largest)
+
+
+def _attach(weights: Sequence[tuple[Weight, Quantizer]], inputs: Sequence[tuple[Layer, Quantizer]]) -> None:
+    """Attach all of it or, after an error, nothing."""
+    for layer, quantizer in inputs:
+        if hasattr(layer.module, INPUT_QUANTIZER):
+            raise ConfigError(
+                f"module '{layer.path}' already has an attribute '{INPUT_QUANTIZER}', the name that '{quantizer.name}' needs; "
+                f"rename it or exclude the module"
+            )
+    with ExitStack() as undo:
+        for weight, quantizer in weights:
+            for module, leaf in weight.places:
+                order = list(module._parameters)
+                undo.callback(_detach_weight, module, leaf, order)
+                quantizer.train(module.training)
+                parametrize.register_parametrization(module, leaf, quantizer)
+                module.parametrizations.train(module.training)  # type: ignore[union-attr]
+        for layer, quantizer in inputs:
+            quantizer.train(layer.module.training)
+            layer.module.add_module(INPUT_QUANTIZER, quantizer)
+            handle = layer.module.register_forward_pre_hook(_quantize_input, with_kwargs=True)
+            undo.callback(layer.module._modules.pop, INPUT_QUANTIZER)
+            undo.callback(handle.remove)
+        undo.pop_all()
+
+
+def _detach_weight(module: nn.Module, leaf: str, order: Sequence[str]) -> None:
+    if parametrize.is_parametrized(module, leaf):
+        parametrize.remove_parametrizations(module, leaf, leave_parametrized=False)
+    module._parameters = {name: module._parameters[name] for name in order}
+
+
+def _quantize_input(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Forward pre-hook; it looks the quantizer up in the module, so that a deep copy uses its own."""
+    return map_inputs(module, args, kwargs, getattr(module, INPUT_QUANTIZER))

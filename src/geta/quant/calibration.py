@@ -1,0 +1,188 @@
+"""Ranges of layer inputs, measured on real batches before training."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from geta.errors import ConfigError
+from geta.quant.targets import Layer
+
+_ATTENTION_INPUTS = ("query", "key", "value")
+
+
+@dataclass(frozen=True)
+class Range:
+    """What calibration found for one layer input: q_m (shape `[]`) and whether a value below zero was seen."""
+
+    q_m: Tensor
+    signed: bool
+
+
+class RangeObserver:
+    """Gathers minimum, maximum and a high percentile of |x| over batches.
+
+    Rule: q_m = mean over the batches of the `percentile`-th percentile of |x|; of several inputs within one batch (attention's query, key
+    and value, a module that is called more than once) the largest percentile counts. percentile = 100, or a percentile of zero (almost
+    all values are zero), gives q_m = max |x| over all batches; all values zero gives 1. Signed if any value was below zero.
+    """
+
+    def __init__(self, percentile: float) -> None:
+        self.percentile = percentile
+        self.calls = 0
+        self.batch = 0
+        self.integer_only = True
+        self._percentiles: dict[int, Tensor] = {}
+        self._largest: list[Tensor] = []
+        self._smallest: list[Tensor] = []
+
+    def observe(self, x: Tensor) -> Tensor:
+        """Record one input and return it unchanged."""
+        self.integer_only = False
+        if x.numel() == 0:
+            return x
+        values = x.detach().to(torch.promote_types(x.dtype, torch.float32)).flatten()
+        magnitudes = values.abs()
+        rank = max(1, math.ceil(self.percentile / 100.0 * magnitudes.numel()))
+        found = magnitudes.kthvalue(rank).values
+        self._percentiles[self.batch] = torch.maximum(self._percentiles.get(self.batch, found), found)
+        self._largest.append(magnitudes.amax())
+        self._smallest.append(values.amin())
+        return x
+
+    def result(self, path: str) -> Range:
+        """The range for the input of module `path`; raises ConfigError when values were not finite."""
+        if not self._largest:
+            raise ConfigError(f"calibration: the input of '{path}' was empty in every batch; use batches with data")
+        largest = torch.stack(self._largest).amax()
+        if not bool(torch.isfinite(largest)):
+            raise ConfigError(f"calibration: the input of '{path}' had infinite or NaN values; check the batches and the model's weights")
+        q_m = torch.stack(list(self._percentiles.values())).mean()
+        if self.percentile == 100.0 or float(q_m) == 0.0:
+            q_m = largest
+        if float(q_m) == 0.0:
+            q_m = torch.ones_like(q_m)
+        return Range(q_m, signed=bool(torch.stack(self._smallest).amin() < 0))
+
+
+def map_inputs(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], function: Callable[[Tensor], Tensor]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Apply `function` to the floating-point data inputs of a module call and return the new arguments.
+
+    Data inputs are the first argument or, for `nn.MultiheadAttention`, query, key and value. A tensor that is passed twice stays one
+    tensor, because attention takes another path when query, key and value differ.
+    """
+    attention = isinstance(module, nn.MultiheadAttention)
+    done: dict[int, Tensor] = {}
+
+    def convert(value: Any) -> Any:
+        if not isinstance(value, Tensor) or not value.is_floating_point():
+            return value
+        if id(value) not in done:
+            done[id(value)] = function(value)
+        return done[id(value)]
+
+    count = len(_ATTENTION_INPUTS) if attention else 1
+    new_args = (*(convert(value) for value in args[:count]), *args[count:])
+    names: Sequence[str] = ()
+    if attention:
+        names = _ATTENTION_INPUTS
+    elif not args:
+        names = list(kwargs)[:1]
+    new_kwargs = {key: convert(value) if key in names else value for key, value in kwargs.items()}
+    return new_args, new_kwargs
+
+
+def calibrate(model: nn.Module, layers: Sequence[Layer], batches: Iterable[Any], *, percentile: float, limit: int) -> dict[str, Range]:
+    """Run up to `limit` batches through the model and return {module path: range of its input}.
+
+    The model runs in eval mode without gradients; its modes and buffers are put back afterwards, also after an error. A layer whose
+    data inputs are integers (an embedding) has no range. Raises ConfigError for unusable batches and for a layer that none reaches.
+    """
+    observers = {layer.path: RangeObserver(percentile) for layer in layers}
+    with ExitStack() as stack:
+        stack.enter_context(_unchanged(model))
+        stack.enter_context(torch.no_grad())
+        for layer in layers:
+            hook = _observing_hook(observers[layer.path])
+            stack.callback(layer.module.register_forward_pre_hook(hook, with_kwargs=True).remove)
+        count = 0
+        for count, batch in enumerate(islice(_iterate(batches), limit), start=1):
+            for observer in observers.values():
+                observer.batch = count
+            _run(model, batch, count)
+    if count == 0:
+        raise ConfigError("calibration: no batch was given; pass an iterable with at least one batch of real inputs")
+    _refuse_unseen(observers, count)
+    return {path: observer.result(path) for path, observer in observers.items() if not observer.integer_only}
+
+
+def _observing_hook(observer: RangeObserver) -> Callable[..., None]:
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        observer.calls += 1
+        map_inputs(module, args, kwargs, observer.observe)
+
+    return hook
+
+
+def _iterate(batches: Iterable[Any]) -> Iterator[Any]:
+    if isinstance(batches, Tensor | Mapping | str) or not isinstance(batches, Iterable):
+        raise ConfigError(
+            f"calibration: got one {type(batches).__name__}, needed is an iterable of batches; write calibration=[batch, ...]"
+        )
+    return iter(batches)
+
+
+def _run(model: nn.Module, batch: Any, number: int) -> None:
+    try:
+        if isinstance(batch, Mapping):
+            model(**batch)
+        elif isinstance(batch, list | tuple):
+            model(*batch)
+        else:
+            model(batch)
+    except Exception as error:
+        raise ConfigError(
+            f"calibration: the model failed on batch {number} ({type(error).__name__}: {error}). A tensor is passed as model(x), a "
+            "tuple or list as model(*batch), a dict as model(**batch): leave out labels and whatever else forward doesn't take"
+        ) from error
+
+
+def _refuse_unseen(observers: Mapping[str, RangeObserver], count: int) -> None:
+    unseen = [path for path, observer in observers.items() if observer.calls == 0]
+    if unseen:
+        shown = ", ".join(f"'{path}'" for path in unseen[:5]) + (" ..." if len(unseen) > 5 else "")
+        raise ConfigError(
+            f"calibration: no input of {len(unseen)} layer(s) was seen in {count} batch(es): {shown}. Add batches that reach them, "
+            "or list them in exclude, or quantize weights only (activations=None)"
+        )
+
+
+@contextmanager
+def _unchanged(model: nn.Module) -> Iterator[None]:
+    """Eval mode inside; every module's mode and every buffer as before outside."""
+    modes = [(module, module.training) for module in model.modules()]
+    buffers = [
+        (module, name, buffer, None if buffer is None else buffer.clone())
+        for module in model.modules()
+        for name, buffer in module._buffers.items()
+    ]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+        with torch.no_grad():
+            for module, name, buffer, value in buffers:
+                module._buffers[name] = buffer
+                if buffer is not None and value is not None:
+                    buffer.copy_(value)

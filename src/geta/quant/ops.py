@@ -1,0 +1,254 @@
+"""The parametric quantizer as PyTorch operators (GETA, arXiv 2502.16638; the quantizer is DJPQ's, arXiv 2007.10463).
+
+With step size `d`, range `q_m` and exponent `t`, all of them tensors that broadcast against `x`:
+
+    c(x)  = sgn(x) * min(|x|, q_m)^t            signed;   min(max(x, 0), q_m)^t   unsigned
+    u     = c(x) / d
+    x_Q   = d * round(u)                        round half to even
+    b     = log2(q_m^t / d + 1) + 1             bit width, signed;   log2(q_m^t / d + 1)   unsigned
+    d(b)  = q_m^t / (2^(b-1) - 1)               its inverse, signed;   q_m^t / (2^b - 1)   unsigned
+
+Every function first clamps the parameters into the domain below, in which all values and gradients are finite; there
+are no other guards. Half types are computed in float32. Nothing here synchronises with the host.
+
+Legend: `O` output channels; a parameter is `[]` (per tensor) or e.g. `[O, 1, 1, 1]` (per channel).
+"""
+
+# ruff: noqa: ARG001, PLR0917 - the operators' schemas fix these signatures; not every kernel looks at every argument
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+Q_M_DOMAIN = (2.0**-24, 2.0**20)
+T_DOMAIN = (0.25, 4.0)
+D_DOMAIN = (2.0**-120, 2.0**90)
+LARGEST_CODE = 2.0**23
+"""`d` is never taken smaller than `q_m^t / LARGEST_CODE`: float32 counts exactly no further (24 bits)."""
+
+_NAMESPACE = "geta"
+
+
+class _Parameters(NamedTuple):
+    """The quantizer's parameters in the computing type and inside their domain; `top` = q_m^t."""
+
+    d: Tensor
+    q_m: Tensor
+    t: Tensor
+    top: Tensor
+
+
+def _computing_dtype(*tensors: Tensor) -> torch.dtype:
+    return torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
+
+
+def _into_domain(d: Tensor, q_m: Tensor, t: Tensor, *, linear: bool, dtype: torch.dtype) -> _Parameters:
+    q_m = q_m.to(dtype).clamp(*Q_M_DOMAIN)
+    t = t.to(dtype).clamp(*T_DOMAIN)
+    top = q_m if linear else q_m.pow(t)
+    d = torch.maximum(d.to(dtype).clamp(*D_DOMAIN), top / LARGEST_CODE)
+    return _Parameters(d, q_m, t, top)
+
+
+def _clip(x: Tensor, q_m: Tensor, *, signed: bool) -> Tensor:
+    return torch.clamp(x, min=-q_m if signed else torch.zeros_like(q_m), max=q_m)
+
+
+def _shape(clipped: Tensor, t: Tensor, *, linear: bool) -> Tensor:
+    """sgn(x) * |clipped|^t as a new tensor, or `clipped` itself for the linear quantizer."""
+    return clipped if linear else clipped.abs().pow_(t).copysign_(clipped)
+
+
+def _rounded(x: Tensor, parameters: _Parameters, *, signed: bool, linear: bool) -> Tensor:
+    """round(u), in the computing type."""
+    clipped = _clip(x.to(parameters.d.dtype), parameters.q_m, signed=signed)
+    return _shape(clipped, parameters.t, linear=linear).div_(parameters.d).round_()
+
+
+def _multiply_into(out: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
+    """out = codes * scale, with +0 instead of -0: integers know only one zero, and both ways must agree bit by bit."""
+    if out.dtype == torch.float16:
+        largest = torch.finfo(torch.float16).max
+        return out.copy_((codes * scale).clamp_(-largest, largest).add_(0.0))
+    return torch.addcmul(codes.new_zeros(()), codes, scale, out=out)
+
+
+def _check_floating(x: Tensor) -> None:
+    torch._check(x.is_floating_point(), lambda: f"geta.fake_quantize needs a floating-point tensor, got {x.dtype}")  # type: ignore[no-untyped-call]
+
+
+def fake_quantize_values(x: Tensor, d: Tensor, q_m: Tensor, t: Tensor, signed: bool, linear: bool, surrogate: Sequence[float]) -> Tensor:
+    """The kernel of `fake_quantize` as a plain function, for callers that need no gradient and no tracing."""
+    _check_floating(x)
+    parameters = _into_domain(d, q_m, t, linear=linear, dtype=_computing_dtype(x, d, q_m, t))
+    return _multiply_into(torch.empty_like(x), _rounded(x, parameters, signed=signed, linear=linear), parameters.d)
+
+
+def dequantize_values(codes: Tensor, scale: Tensor, bits: int) -> Tensor:
+    """The kernel of `dequantize` as a plain function, for callers that need no gradient and no tracing."""
+    dtype = _computing_dtype(scale)
+    return _multiply_into(torch.empty_like(codes, dtype=scale.dtype), codes.to(dtype), scale.to(dtype))
+
+
+@torch.library.custom_op(
+    f"{_NAMESPACE}::fake_quantize",
+    mutates_args=(),
+    schema="(Tensor x, Tensor d, Tensor q_m, Tensor t, bool signed, bool linear, float[] surrogate) -> Tensor",
+)
+def fake_quantize(x: Tensor, d: Tensor, q_m: Tensor, t: Tensor, signed: bool, linear: bool, surrogate: Sequence[float]) -> Tensor:
+    """Round `x` to the values that its quantizer can represent: x_Q = d * round(c(x) / d).
+
+    x: any shape, floating point; d, q_m, t: broadcast against x. Returns x's shape and dtype.
+    signed: codes are symmetric around zero; otherwise x below zero becomes zero and the codes start at zero.
+    linear: `t` is 1 and is not looked at (no power, no logarithm, no gradient for it).
+    surrogate: coefficients a_k of `geta.Fourier`; empty or all zero is the straight-through estimator.
+
+    Gradients, with incoming `g`, summed over the elements that share a parameter:
+
+        dx   = g * S(x)   where |x| <= q_m (unsigned: 0 <= x <= q_m), else 0
+        dd   = sum g * sgn(x) * (round(u) - u)
+        dq_m = sum over |x| > q_m of g * sgn(x) * t * q_m^(t-1)
+        dt   = sum g * sgn(x) * min(|x|, q_m)^t * ln(min(|x|, q_m)), and 0 where x = 0
+
+    Unsigned: elements below zero are constant, so they give nothing to any gradient.
+    Source: GETA (arXiv 2502.16638) section 3; surrogate: StableQAT (arXiv 2601.19320).
+    """
+    return fake_quantize_values(x, d, q_m, t, signed, linear, surrogate)
+
+
+@fake_quantize.register_fake
+def _(x: Tensor, d: Tensor, q_m: Tensor, t: Tensor, signed: bool, linear: bool, surrogate: Sequence[float]) -> Tensor:
+    _check_floating(x)
+    return torch.empty_like(x)
+
+
+@torch.library.custom_op(
+    f"{_NAMESPACE}::fake_quantize_backward",
+    mutates_args=(),
+    schema="(Tensor grad, Tensor x, Tensor d, Tensor q_m, Tensor t, bool signed, bool linear, float[] surrogate) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
+)
+def fake_quantize_backward(
+    grad: Tensor, x: Tensor, d: Tensor, q_m: Tensor, t: Tensor, signed: bool, linear: bool, surrogate: Sequence[float]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of `fake_quantize` to x, d, q_m and t (formulas there); dt is zero for the linear quantizer."""
+    dtype = _computing_dtype(x, d, q_m, t)
+    parameters = _into_domain(d, q_m, t, linear=linear, dtype=dtype)
+    grad, wide_x = grad.to(dtype), x.to(dtype)
+    clipped = _clip(wide_x, parameters.q_m, signed=signed)
+    shaped = _shape(clipped, parameters.t, linear=linear)
+    u = shaped / parameters.d
+    residual = u.round().sub_(u)
+    dd = (grad * residual).sum_to_size(d.shape)
+
+    dx = torch.mul(grad, clipped == wide_x, out=torch.empty_like(x, dtype=dtype))
+    beyond = (grad - dx).mul_(clipped.sign())
+    slope = parameters.top / parameters.q_m * parameters.t if not linear else torch.ones_like(parameters.q_m)
+    dq_m = (beyond.sum_to_size(slope.shape) * slope).sum_to_size(q_m.shape)
+    dt = torch.zeros_like(t)
+    if not linear:
+        dt = torch.xlogy(shaped, clipped.abs_()).mul_(grad).sum_to_size(t.shape).to(t.dtype)
+
+    if any(surrogate):
+        dx.mul_(_surrogate_slope(residual, surrogate))
+    return dx.to(x.dtype), dd.to(d.dtype), dq_m.to(q_m.dtype), dt
+
+
+@fake_quantize_backward.register_fake
+def _(
+    grad: Tensor, x: Tensor, d: Tensor, q_m: Tensor, t: Tensor, signed: bool, linear: bool, surrogate: Sequence[float]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return torch.empty_like(x), torch.empty_like(d), torch.empty_like(q_m), torch.empty_like(t)
+
+
+def _surrogate_slope(residual: Tensor, surrogate: Sequence[float]) -> Tensor:
+    """S = (1 - A) / (1 + A),  A = sqrt(2) * pi * sum_k a_k cos((2k+1) * pi * residual); even in `residual`."""
+    series = torch.zeros((), dtype=residual.dtype, device=residual.device)
+    for k, a_k in enumerate(surrogate):
+        wave = (residual * ((2 * k + 1) * math.pi)).cos_().mul_(math.sqrt(2.0) * math.pi * a_k)
+        series = wave if k == 0 else series.add_(wave)
+    return (1.0 - series).div_(series.add_(1.0))
+
+
+def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, d, q_m, t, signed, linear, surrogate = inputs
+    ctx.save_for_backward(x, d, q_m, t)
+    ctx.settings = (signed, linear, surrogate)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    gradients = torch.ops.geta.fake_quantize_backward(grad, *ctx.saved_tensors, *ctx.settings)
+    return (*gradients, None, None, None)
+
+
+fake_quantize.register_autograd(_backward, setup_context=_save_for_backward)
+
+
+@torch.library.custom_op(f"{_NAMESPACE}::dequantize", mutates_args=(), schema="(Tensor codes, Tensor scale, int bits) -> Tensor")
+def dequantize(codes: Tensor, scale: Tensor, bits: int) -> Tensor:
+    """codes * scale in scale's dtype: the values that `bits`-wide integer codes stand for.
+
+    codes: integers, any shape; scale: `[]` or broadcasting against codes. `bits` doesn't change the values; it travels with
+    the operator so that costs and file formats know the width. `dequantize(quantize_codes(x, ...), d, b)` equals
+    `fake_quantize(x, ...)` bit by bit when d has x's dtype. Only `scale` gets a gradient: sum g * codes.
+    """
+    return dequantize_values(codes, scale, bits)
+
+
+@dequantize.register_fake
+def _(codes: Tensor, scale: Tensor, bits: int) -> Tensor:
+    return torch.empty_like(codes, dtype=scale.dtype)
+
+
+def _save_for_dequantize_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    codes, scale, _bits = inputs
+    ctx.save_for_backward(codes, scale)
+
+
+def _dequantize_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    codes, scale = ctx.saved_tensors
+    wide = torch.promote_types(grad.dtype, torch.float32)
+    return None, (grad.to(wide) * codes).sum_to_size(scale.shape).to(scale.dtype), None
+
+
+dequantize.register_autograd(_dequantize_backward, setup_context=_save_for_dequantize_backward)
+
+
+def quantize_codes(x: Tensor, d: Tensor, q_m: Tensor, t: Tensor, signed: bool, *, linear: bool = False) -> Tensor:
+    """The integers x_Q / d = round(c(x) / d), int32, of x's shape.
+
+    With d = step_size(b, ...) they lie in [-(2^(b-1) - 1), 2^(b-1) - 1], unsigned in [0, 2^b - 1]. Pass the same `linear` as
+    to `fake_quantize` to get exactly its codes.
+    """
+    parameters = _into_domain(d, q_m, t, linear=linear, dtype=_computing_dtype(x, d, q_m, t))
+    return _rounded(x, parameters, signed=signed, linear=linear).to(torch.int32)
+
+
+def bit_width(d: Tensor, q_m: Tensor, t: Tensor, signed: bool | Tensor) -> Tensor:
+    """b = log2(q_m^t / d + 1) + 1 in bits (unsigned: without the last + 1), elementwise over broadcast parameters.
+
+    `signed` may be a boolean tensor, for parameters of several quantizers stacked into one tensor.
+    """
+    parameters = _into_domain(d, q_m, t, linear=False, dtype=_computing_dtype(d, q_m, t))
+    return torch.log2(parameters.top / parameters.d + 1.0) + _sign_bit(signed, parameters.d)
+
+
+def step_size(bits: float | Tensor, q_m: Tensor, t: Tensor, signed: bool | Tensor) -> Tensor:
+    """d(b) = q_m^t / (2^(b-1) - 1) (unsigned: 2^b - 1), the inverse of `bit_width`; elementwise.
+
+    `bits` is a number or a tensor, above 1 when signed and above 0 when unsigned; `signed` may be a boolean tensor.
+    """
+    dtype = _computing_dtype(q_m, t)
+    q_m = q_m.to(dtype).clamp(*Q_M_DOMAIN)
+    top = q_m.pow(t.to(dtype).clamp(*T_DOMAIN))
+    magnitude_bits = torch.as_tensor(bits, dtype=dtype, device=q_m.device) - _sign_bit(signed, q_m)
+    return top / (torch.exp2(magnitude_bits) - 1.0)
+
+
+def _sign_bit(signed: bool | Tensor, like: Tensor) -> Tensor | float:
+    return signed.to(like) if isinstance(signed, Tensor) else float(signed)

@@ -1,0 +1,125 @@
+"""The module that holds one tensor's quantizer parameters and applies it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from geta.errors import CheckpointError
+from geta.quant import ops
+from geta.quant.bits import Bits
+from geta.quant.surrogate import STE, Surrogate
+
+Kind = Literal["weight", "activation"]
+
+
+class Quantizer(nn.Module):
+    """x_Q = d * round(c(x) / d) with learned step size d, range q_m and exponent t (`geta.quant.ops` has the formulas).
+
+    name:    canonical name of what is quantized: `conv1.weight`, or `conv1:input` for the input of module `conv1`.
+    kind:    "weight" or "activation".
+    bits:    range of bit widths that the tensor must end up in.
+    q_m:     initial range, shape `[]` (per tensor) or broadcasting against the tensor (per channel), above zero; d and t get
+             its shape, device and dtype (at least float32).
+    signed:  whether the codes are symmetric around zero; otherwise they start at zero.
+    linear:  t stays 1 and isn't trained.
+    initial_bits: bit width that the first d is computed from.
+    enabled: set it to False to let tensors pass unchanged.
+
+    Converting the model to float16 or bfloat16 leaves d, q_m and t in float32: with fewer digits the codes would miss their
+    range. The signedness found in calibration is part of `state_dict()`.
+    """
+
+    d: nn.Parameter
+    q_m: nn.Parameter
+    t: nn.Parameter
+
+    def __init__(
+        self,
+        name: str,
+        kind: Kind,
+        bits: Bits,
+        q_m: Tensor,
+        *,
+        signed: bool = True,
+        linear: bool = True,
+        surrogate: Surrogate | None = None,
+        initial_bits: int = 16,
+    ) -> None:
+        super().__init__()
+        self.name = name
+        self.kind: Kind = kind
+        self.bits = bits
+        self.signed = signed
+        self.linear = linear
+        self.surrogate: Surrogate = STE() if surrogate is None else surrogate
+        self.enabled = True
+        q_m = q_m.detach().to(torch.promote_types(q_m.dtype, torch.float32)).clamp(*ops.Q_M_DOMAIN)
+        t = torch.ones_like(q_m)
+        self.q_m = nn.Parameter(q_m)
+        self.t = nn.Parameter(t, requires_grad=not linear)
+        self.d = nn.Parameter(ops.step_size(initial_bits, q_m, t, signed))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the fake-quantized x, in x's dtype; x itself when not `enabled`."""
+        if not self.enabled:
+            return x
+        quantized: Tensor = torch.ops.geta.fake_quantize(x, self.d, self.q_m, self.t, self.signed, self.linear, self.surrogate.coefficients)
+        return quantized
+
+    def right_inverse(self, value: Tensor) -> Tensor:
+        """What `torch.nn.utils.parametrize` stores when a user assigns `value` to the quantized tensor."""
+        return value
+
+    def codes(self, x: Tensor) -> Tensor:
+        """The int32 codes of x: `codes(x) * d` equals `forward(x)`."""
+        return ops.quantize_codes(x, self.d, self.q_m, self.t, self.signed, linear=self.linear)
+
+    def bit_width(self) -> Tensor:
+        """The bit width that d, q_m and t imply now, in bits; d's shape."""
+        return ops.bit_width(self.d, self.q_m, self.t, self.signed)
+
+    @torch.no_grad()
+    def project_(self, lower_bits: float, upper_bits: float) -> None:
+        """Clamp d, and only d, so that the bit width lies in [lower_bits, upper_bits] (GETA, partial projection)."""
+        smallest = ops.step_size(upper_bits, self.q_m, self.t, self.signed)
+        largest = ops.step_size(lower_bits, self.q_m, self.t, self.signed)
+        self.d.copy_(torch.clamp(self.d, min=smallest, max=largest))
+
+    @torch.no_grad()
+    def round_bits_(self) -> Tensor:
+        """Set d so that every bit width is the nearest integer inside `bits`; return these widths, int64, d's shape."""
+        widths = self.bit_width().round_().clamp_(self.bits.lower, self.bits.upper)
+        self.d.copy_(ops.step_size(widths, self.q_m, self.t, self.signed))
+        return widths.to(torch.int64)
+
+    def get_extra_state(self) -> Tensor:
+        """A tensor [signed, linear] rather than a dict, so that every state-dict file format can hold it."""
+        return torch.tensor([self.signed, self.linear], dtype=torch.int64)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Take over `signed`; raises CheckpointError when the saved quantizer was linear and this one isn't, or the reverse."""
+        signed, linear = (bool(value) for value in state.tolist())
+        if linear != self.linear:
+            word = {True: "linear", False: "nonlinear"}
+            raise CheckpointError(
+                f"quantizer '{self.name}' was saved as {word[linear]} and is {word[self.linear]} here; "
+                f"call quantize(nonlinear={not linear}) before loading"
+            )
+        self.signed = signed
+
+    def extra_repr(self) -> str:
+        sign = "signed" if self.signed else "unsigned"
+        shape = "linear" if self.linear else "nonlinear"
+        return f"{self.name}, {self.kind}, bits {self.bits.lower}-{self.bits.upper}, {sign}, {shape}"
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        return super()._apply(lambda tensor: _keep_precision(tensor, fn(tensor)), recurse)  # type: ignore[no-untyped-call]
+
+
+def _keep_precision(before: Tensor, after: Tensor) -> Tensor:
+    narrower = after.is_floating_point() and after.dtype.itemsize < torch.float32.itemsize
+    return before.to(after.device) if narrower else after
