@@ -280,6 +280,8 @@ def test_errors_say_what_to_do() -> None:
     assert "test_families.py" in str(caught.value)
     with pytest.raises(BadModelError, match="Linear can't be captured"):
         analyze(nn.Linear(3, 2), (torch.ones(2, 5),))
+    with pytest.raises(BadModelError, match="Linear can't be captured"):
+        analyze(nn.Linear(3, 2), (torch.ones(2, 3), torch.ones(2, 3)))
     with pytest.raises(BadModelError, match="tuple"):
         analyze(nn.Linear(3, 2), torch.ones(2, 3))  # type: ignore[arg-type]
     with pytest.raises(BadModelError, match="no tensor"):

@@ -276,3 +276,23 @@ def test_without_gradients_the_same_values_come_out_and_follow_changes() -> None
     with torch.no_grad():
         assert copied(X.double()).dtype == torch.float64
         assert torch.equal(small(X), changed)
+
+
+class AwkwardNames(nn.Module):
+    """Names that a generated program could stumble over."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.parts = nn.ModuleDict({"in": nn.Linear(6, 8), "add": nn.Linear(8, 8), "class": nn.Linear(8, 3), "bits": nn.Linear(3, 3)})
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.parts["bits"](self.parts["class"](torch.relu(self.parts["add"](torch.relu(self.parts["in"](x))))))
+
+
+def test_any_module_name() -> None:
+    model = AwkwardNames()
+    small = compact(model, analyze(model, (X,)), analyze(model, (X,)).random_selection())
+    assert small.info.max_difference <= 1e-6
+    assert "net.parts.in.weight" in small.state_dict()
+    moved = small.double()
+    assert moved(X.double()).dtype == torch.float64

@@ -124,7 +124,7 @@ def _export(
         if isinstance(leaf, torch.Tensor) and leaf.dim() > 0:
             shapes[leaf] = {0: Dim.AUTO}
     try:
-        return _export_once(model, wide_args, wide_kwargs, shapes.dynamic_shapes(model, wide_args, wide_kwargs))
+        return _export_once(model, wide_args, wide_kwargs, shapes)
     except BadModelError as error:
         exported = _export_once(model, args, kwargs, None)
         notes.append(f"captured with a fixed batch size, because a symbolic one failed: {_first_line(error)}")
@@ -147,6 +147,8 @@ def _at_least_two(inputs: Any) -> Any:
 def _export_once(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: Any) -> torch.export.ExportedProgram:
     with _buffers_kept(model):
         try:
+            if isinstance(dynamic_shapes, ShapesCollection):
+                dynamic_shapes = dynamic_shapes.dynamic_shapes(model, args, kwargs)
             return torch.export.export(model, args, kwargs, dynamic_shapes=dynamic_shapes, strict=False)
         except Exception as error:  # the exporter raises whatever the user's own forward raises
             raise BadModelError(

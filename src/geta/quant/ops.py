@@ -79,7 +79,7 @@ def _multiply_into(out: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
 
 
 def _check_floating(x: Tensor) -> None:
-    torch._check(x.is_floating_point(), lambda: f"geta.fake_quantize needs a floating-point tensor, got {x.dtype}")  # type: ignore[no-untyped-call]
+    torch._check(x.is_floating_point(), lambda: f"geta.fake_quantize needs a floating-point tensor, got {x.dtype}")
 
 
 def fake_quantize_values(x: Tensor, d: Tensor, q_m: Tensor, t: Tensor, signed: bool, linear: bool, surrogate: Sequence[float]) -> Tensor:

@@ -49,20 +49,26 @@ class CompactInfo:
 
 
 class Tensors(nn.Module):
-    """A tree of containers that holds tensors under the user's own dotted names."""
+    """One level of a tree that holds tensors under the user's own dotted names; it has no attributes of its own to collide with."""
 
-    def add(self, name: str, tensor: torch.Tensor) -> None:
-        head, _, rest = name.partition(".")
-        if rest:
-            if head not in self._modules:
-                self.add_module(head, Tensors())
-            child = self._modules[head]
-            assert isinstance(child, Tensors)
-            child.add(rest, tensor)
-        elif isinstance(tensor, nn.Parameter):
-            self.register_parameter(head, tensor)
-        else:
-            self.register_buffer(head, tensor)
+
+def _add_tensor(root: Tensors, name: str, tensor: torch.Tensor) -> None:
+    owner: nn.Module = root
+    *path, leaf = name.split(".")
+    for part in path:
+        if part not in owner._modules:
+            owner.add_module(part, Tensors())
+        owner = owner.get_submodule(part)
+    if isinstance(tensor, nn.Parameter):
+        owner.register_parameter(leaf, tensor)
+    else:
+        owner.register_buffer(leaf, tensor)
+
+
+def _reader(root: Tensors, names: list[str]) -> Callable[[], list[torch.Tensor | None]]:
+    """Looks tensors up where they are stored, because moving a model to another device replaces its buffers."""
+    places = [(root.get_submodule(path), leaf) for path, _, leaf in (name.rpartition(".") for name in names)]
+    return lambda: [module._parameters.get(leaf, module._buffers.get(leaf)) for module, leaf in places]
 
 
 class CompactModel(nn.Module):
@@ -85,18 +91,21 @@ class CompactModel(nn.Module):
         self.info = info
         self.net = Tensors()
         for name, tensor in tensors.items():
-            self.net.add(name, tensor)
+            _add_tensor(self.net, name, tensor)
         first = programs["eval"]
         self._in_spec = rebuild(first.in_spec)
         self._out_spec = out_spec or rebuild(first.out_spec)
         self._run: dict[str, Callable[..., Any]] = {mode: program.compile() for mode, program in programs.items()}
         self._run["lean"] = replace(first, graph=lean(first.graph)).compile()
+        self._read = {mode: _reader(self.net, program.tensor_names()) for mode, program in programs.items()}
+        self._read["lean"] = self._read["eval"]
         self.eval()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Called as the original model was in `analyze` (same arguments, any batch size)."""
         leaves = self._flatten(args, kwargs)
-        outputs = self._runner()(self.net, *leaves)
+        mode = self._mode()
+        outputs = self._run[mode](*self._read[mode](), *leaves)
         return pytree.tree_unflatten(pytree.tree_leaves(outputs), self._out_spec)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CompactModel:
@@ -106,11 +115,11 @@ class CompactModel(nn.Module):
         nn.Module.train(copied, self.training)
         return copied
 
-    def _runner(self) -> Callable[..., Any]:
+    def _mode(self) -> str:
         if self.training:
-            return self._run["train"]
+            return "train"
         traced = torch.compiler.is_compiling() or torch.compiler.is_exporting() or torch.is_grad_enabled()
-        return self._run["eval" if traced else "lean"]
+        return "eval" if traced else "lean"
 
     def train(self, mode: bool = True) -> CompactModel:
         """Raises BadModelError if the model could not be captured in training mode."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import builtins
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,16 +27,25 @@ class Program:
     out_spec: str
 
     def compile(self) -> Callable[..., Any]:
-        """The graph as a Python function of (module that owns the tensors, *inputs)."""
-        code = self.graph.python_code("self")
+        """The graph as a Python function of (*tensors in the order of `tensor_names()`, *inputs)."""
+        code = _with_tensors_as_inputs(self.graph, self.tensor_names()).python_code("self")
         namespace = dict(code.globals)
         exec(builtins.compile(code.src, "<geta program>", "exec"), namespace)  # noqa: S102 - torch.fx wrote it from a checked graph
-        function: Callable[..., Any] = namespace["forward"]
-        return function
+        return partial(namespace["forward"], None)
 
     def tensor_names(self) -> list[str]:
         """Names of the tensors that the program reads, in the order of first use."""
         return list(dict.fromkeys(str(node.target) for node in self.graph.nodes if node.op == "get_attr"))
+
+
+def _with_tensors_as_inputs(graph: fx.Graph, names: list[str]) -> fx.Graph:
+    """The same graph with tensors passed in: attribute access can't spell every name (a module called `in`)."""
+    copied = fx.Graph()
+    reads = {name: copied.placeholder(f"tensor_{place}") for place, name in enumerate(names)}
+    mapping: dict[fx.Node, fx.Node] = {}
+    for node in graph.nodes:
+        mapping[node] = reads[str(node.target)] if node.op == "get_attr" else copied.node_copy(node, lambda n: mapping[n])
+    return copied
 
 
 def from_capture(capture: Capture, canonical: Mapping[str, str]) -> tuple[Program, dict[fx.Node, fx.Node]]:
