@@ -16,6 +16,7 @@ from geta.errors import BadModelError, CheckpointError, ConfigError
 from geta.graph import analyze
 from geta.quant import Bits, Fourier, quantize, quantizers
 from geta.subnet import compact
+from geta.subnet.comparison import max_difference
 from geta.subnet.structure import Outputs, describe, rebuild
 
 X = torch.randn(4, 6, generator=torch.Generator().manual_seed(0))
@@ -296,3 +297,25 @@ def test_any_module_name() -> None:
     assert "net.parts.in.weight" in small.state_dict()
     moved = small.double()
     assert moved(X.double()).dtype == torch.float64
+
+
+def test_verify_runs_on_the_inputs_it_is_given() -> None:
+    model = quantized(net(), (X,))
+    graph = analyze(model, (X,))
+    small = compact(model, graph, graph.random_selection())
+    assert small.verify(X * 3 + 1) <= 1e-12
+    with torch.no_grad():
+        small.net.get_parameter("head.bias").add_(0.5)
+    assert small.verify(X) == pytest.approx(0.5, abs=1e-6)
+    unverified = compact(model, graph, graph.random_selection(), verify=False)
+    with pytest.raises(BadModelError, match="reference=zeroed_model"):
+        unverified.verify(X)
+
+
+def test_differences_are_measured_per_output() -> None:
+    big, small = torch.tensor([1000.0]), torch.tensor([1.0, torch.nan, -torch.inf])
+    assert max_difference([big, small], [big, small.clone()]) == (0.0, 0.0)
+    assert max_difference([big, small], [big, small + 0.5])[1] == pytest.approx(0.5)
+    assert max_difference([small], [torch.zeros(3)])[1] == float("inf")
+    assert max_difference([big], [big.repeat(2)]) == (float("inf"), float("inf"))
+    assert max_difference([torch.tensor([2, 3])], [torch.tensor([2, 5])])[0] == 2

@@ -12,7 +12,7 @@ from torch import nn
 import nets
 from geta.graph import analyze
 from geta.subnet import compact
-from geta.subnet.model import max_difference
+from geta.subnet.comparison import max_difference
 
 
 def outputs(model: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> list[torch.Tensor]:

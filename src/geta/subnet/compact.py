@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,21 +19,25 @@ from geta.graph.dependency import Analysis, DependencyGraph, analyse_capture
 from geta.graph.families import Selection
 from geta.graph.names import canonical_name, find_tensor
 from geta.quant.quantizer import Quantizer
+from geta.subnet.comparison import max_difference, needs_float64, outputs
 from geta.subnet.integers import Quantized, drop_unused, store_integers
-from geta.subnet.model import CompactInfo, CompactModel, max_difference
+from geta.subnet.model import CompactInfo, CompactModel
 from geta.subnet.program import Program, from_capture
 from geta.subnet.rewrite import Kept, KeptIndices, rewrite
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
 """Relative difference between zeroed and compact model above which `compact` refuses: far above rounding, far below a wrong cut."""
+CAPTURE_TOLERANCE = 1e-2
+"""The same between the user's model and its captured graph in the model's own precision, where one flipped rounding step may show."""
 
 
 @dataclass(frozen=True)
 class _Cut:
-    """One capture after the cut: the program, the tensors it reads (sliced) and what is quantized in it."""
+    """One capture after the cut: the program, the tensors it reads (sliced), what is quantized in it, the model's own tensors read."""
 
     program: Program
     tensors: dict[str, torch.Tensor]
+    read: list[str]
     quantized: Quantized
     out_spec: pytree.TreeSpec
 
@@ -74,10 +77,11 @@ def compact(
         else:
             programs["train"] = trained.program
             tensors.update({name: tensor for name, tensor in trained.tensors.items() if name not in tensors})
-        info = _info(graph, selection, small.quantized, _dense_cost(whole, _example_leaves(graph, evaluated)), notes)
-        if verify:
-            info = _verified(model, graph, whole, small, info)
-    result = CompactModel(programs, tensors, info, out_spec=small.out_spec)
+        info = _info(graph, selection, small.quantized, _dense_cost(model, whole, _example_leaves(graph, evaluated)), notes)
+        uncut = CompactModel({"eval": whole.program}, whole.tensors, info, out_spec=whole.out_spec) if verify else None
+        result = CompactModel(programs, tensors, info, out_spec=small.out_spec, uncut=uncut)
+        if uncut is not None:
+            result.info = _verified(model, graph, result, uncut)
     result.train(model.training and "train" in programs)
     return result
 
@@ -131,7 +135,8 @@ def _cut(model: nn.Module, analysis: Analysis, graph: DependencyGraph, selection
             tensors[item.scale_name] = _sliced(read(item.step).detach(), cut[item.step])
     drop_unused(program.graph)
     used = set(program.tensor_names())
-    return _Cut(program, {name: t for name, t in tensors.items() if name in used}, quantized, analysis.capture.out_spec)
+    mine = [name for name in cut if name not in analysis.capture.constants]
+    return _Cut(program, {name: t for name, t in tensors.items() if name in used}, mine, quantized, analysis.capture.out_spec)
 
 
 def _removed_roots(analysis: Analysis, graph: DependencyGraph, selection: Selection) -> np.ndarray:
@@ -200,12 +205,13 @@ def _record_examples(graph: fx.Graph, leaves: list[Any]) -> None:
             node.meta["val"] = leaf
 
 
-def _dense_cost(whole: _Cut, leaves: list[Any]) -> Cost:
+def _dense_cost(model: nn.Module, whole: _Cut, leaves: list[Any]) -> Cost:
     """The uncut model as a float network: 32 bits on both sides of every product, tensors in their own dtype."""
     counted = cost_of_graph(whole.program.graph, whole.tensors, leaves)
-    plain = {name: tensor for name, tensor in whole.tensors.items() if not name.endswith("_scale")}
-    size = sum(t.numel() * (4 if name.endswith("_codes") else t.element_size()) for name, t in plain.items())
+    steps = {f"{name.removesuffix('.d')}." for name in _quantizer_names(model)}
+    own = [find_tensor(model, name) for name in whole.read if not any(name.startswith(prefix) for prefix in steps)]
     rows = tuple(replace(row, bops=row.macs * 1024.0, weight_bits=32.0, activation_bits=32.0) for row in counted.per_op)
+    size = sum(tensor.numel() * tensor.element_size() for tensor in own)
     return replace(counted, bops=counted.macs * 1024.0, weight_bytes=size, per_op=rows)
 
 
@@ -221,60 +227,23 @@ def _info(graph: DependencyGraph, selection: Selection, quantized: Quantized, de
     )
 
 
-def _verified(model: nn.Module, graph: DependencyGraph, whole: _Cut, small: _Cut, info: CompactInfo) -> CompactInfo:
-    """Compare the uncut and the cut program; the uncut one with the user's own model.
-
-    A fake-quantized network is compared in float64: in float32 another order of summation can flip a rounding step.
-    """
+def _verified(model: nn.Module, graph: DependencyGraph, small: CompactModel, uncut: CompactModel) -> CompactInfo:
+    """Compare the cut program with the uncut one, and the uncut one with the user's own model (zeroed at this time)."""
+    info = small.info
     args, kwargs = graph.example.args, dict(graph.example.kwargs)
     tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
-    if any(t.is_meta for t in (*tensors, *whole.tensors.values())):
+    if any(tensor.is_meta for tensor in (*tensors, *uncut.tensors().values())):
         return replace(info, notes=[*info.notes, "not verified: the model or its inputs have no values (meta device)"])
-    wide = bool(info.bits) or any(t.dtype in (torch.float16, torch.bfloat16) for t in whole.tensors.values())
+    wide = needs_float64(small)
     dtype = torch.float64 if wide else torch.float32
     with torch.no_grad(), mode_of(model, False):
-        results = [_run(cut, args, kwargs, double=wide) for cut in (whole, small)]
         own = pytree.tree_leaves(model(*args, **kwargs))
-        plain = _run(whole, args, kwargs, double=False)
-    _, captured_gap = max_difference(own, plain)
-    _, gap = max_difference(*results)
-    for difference, limit, what in ((gap, TOLERANCE[dtype], "compact"), (captured_gap, 1e-2 if wide else 1e-4, "captured")):
-        if not (difference <= limit) and all(bool(leaf.isfinite().all()) for leaf in own if isinstance(leaf, torch.Tensor)):
+    _, captured_gap = max_difference(own, outputs(uncut, args, kwargs, double=False))
+    _, gap = max_difference(*[outputs(one, args, kwargs, double=wide) for one in (uncut, small)])
+    for difference, limit, what in ((gap, TOLERANCE[dtype], "compact"), (captured_gap, CAPTURE_TOLERANCE, "captured")):
+        if not difference <= limit:
             raise BadModelError(
                 f"the {what} model differs from the zeroed one by {difference:.3g} of the largest output; nothing was changed. "
                 "If the model's forward is random or depends on tensor values in Python, that is why; else please report it"
             )
-    if not math.isfinite(gap):
-        return replace(info, notes=[*info.notes, "not verified: the zeroed model's own output is not finite on the example inputs"])
     return replace(info, max_difference=gap, precision=str(dtype).removeprefix("torch."))
-
-
-def _run(cut: _Cut, args: tuple[Any, ...], kwargs: Mapping[str, Any], *, double: bool) -> list[Any]:
-    """Outputs of a program on inputs, optionally with everything that is float32 widened to float64."""
-    program, tensors = cut.program, cut.tensors
-    if double:
-        program = replace(program, graph=_widened(program.graph))
-        tensors = {name: _wide(tensor) for name, tensor in tensors.items()}
-        args, kwargs = pytree.tree_map_only(torch.Tensor, _wide, (args, dict(kwargs)))
-    runner = CompactModel({"eval": program}, tensors, CompactInfo(), out_spec=cut.out_spec)
-    return pytree.tree_leaves(runner(*args, **kwargs))
-
-
-def _wide(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.detach().double() if tensor.is_floating_point() else tensor.detach()
-
-
-def _widened(graph: fx.Graph) -> fx.Graph:
-    """The same graph with float dtypes written in it replaced by float64."""
-    floats = (torch.float32, torch.float16, torch.bfloat16)
-    wide = fx.Graph()
-    mapping: dict[fx.Node, fx.Node] = {}
-
-    def swap(value: Any) -> Any:
-        return torch.float64 if isinstance(value, torch.dtype) and value in floats else value
-
-    for node in graph.nodes:
-        mapping[node] = wide.node_copy(node, lambda n: mapping[n])
-        mapping[node].args = pytree.tree_map_only(torch.dtype, swap, mapping[node].args)
-        mapping[node].kwargs = pytree.tree_map_only(torch.dtype, swap, mapping[node].kwargs)
-    return wide

@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.utils._pytree as pytree
-from torch import nn
+from torch import fx, nn
 
 from geta.errors import BadModelError
 from geta.graph.capture import mode_of
+from geta.subnet.comparison import max_difference, needs_float64, outputs
 from geta.subnet.inference import lean
 from geta.subnet.program import Program
 from geta.subnet.structure import rebuild
@@ -76,7 +77,10 @@ class CompactModel(nn.Module):
 
     programs: "eval" and, if the model could be captured in training mode, "train".
     tensors: by the names that the programs read; integer weights as `<param>_codes` with `<param>_scale`.
+    uncut: the zeroed model before the cut, for `verify`; it is not saved.
     """
+
+    _uncut: CompactModel | None
 
     def __init__(
         self,
@@ -85,8 +89,10 @@ class CompactModel(nn.Module):
         info: CompactInfo,
         *,
         out_spec: pytree.TreeSpec | None = None,
+        uncut: CompactModel | None = None,
     ) -> None:
         super().__init__()
+        object.__setattr__(self, "_uncut", uncut)  # not a submodule: it is no part of this model, only what it is compared with
         self.programs = dict(programs)
         self.info = info
         self.net = Tensors()
@@ -111,7 +117,7 @@ class CompactModel(nn.Module):
     def __deepcopy__(self, memo: dict[int, Any]) -> CompactModel:
         """Copies share the programs, which never change, and own their tensors."""
         tensors = {name: copy.deepcopy(tensor, memo) for name, tensor in self.tensors().items()}
-        copied = CompactModel(self.programs, tensors, self.info, out_spec=self._out_spec)
+        copied = CompactModel(self.programs, tensors, self.info, out_spec=self._out_spec, uncut=self._uncut)
         nn.Module.train(copied, self.training)
         return copied
 
@@ -150,15 +156,31 @@ class CompactModel(nn.Module):
         return cost_of_graph(self.programs["eval"].graph, self.tensors())
 
     def verify(self, *args: Any, reference: nn.Module | None = None, **kwargs: Any) -> float:
-        """Max |reference - this| over all outputs on the given inputs, in evaluation mode.
+        """Max |zeroed - this| over all outputs on the given inputs, in evaluation mode.
 
-        reference: the zeroed original; None = the difference that was measured when this model was made, relative.
+        reference: the model to compare with; None = the zeroed, uncut model that this one was made from, as long as this
+        object was not read from disk. Against that one a quantized network is compared in float64 (see `geta.subnet.comparison`);
+        `info.max_difference` is what `compact` measured in the same way on the example inputs, relative to the largest output.
+        Raises BadModelError when there is nothing to compare with.
         """
-        if reference is None:
-            return self.info.max_difference
-        with mode_of(reference, False), mode_of(self, False), torch.no_grad():
-            expected, found = reference(*args, **kwargs), self(*args, **kwargs)
-        return max_difference(pytree.tree_leaves(expected), pytree.tree_leaves(found))[0]
+        if reference is not None:
+            with mode_of(reference, False), torch.no_grad():
+                expected = reference(*args, **kwargs)
+                return max_difference(pytree.tree_leaves(expected), pytree.tree_leaves(self.evaluate(*args, **kwargs)))[0]
+        if self._uncut is None:
+            raise BadModelError("this compact model no longer has the model that it was cut from: pass verify(..., reference=zeroed_model)")
+        double = needs_float64(self)
+        return max_difference(*[outputs(model, args, kwargs, double=double) for model in (self._uncut, self)])[0]
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> Any:
+        """Forward in evaluation mode, whatever the present mode is."""
+        with mode_of(self, False):
+            return self(*args, **kwargs)
+
+    def rebuilt(self, graphs: Mapping[str, fx.Graph], tensors: Mapping[str, torch.Tensor]) -> CompactModel:
+        """The same model with other graphs (of the same inputs and outputs) and tensors."""
+        programs = {mode: replace(self.programs[mode], graph=graph) for mode, graph in graphs.items()}
+        return CompactModel(programs, tensors, self.info, out_spec=self._out_spec)
 
     def save(self, path: str | Path) -> None:
         """Write safetensors + JSON + graph, integers packed to their bits; atomic, no pickle."""
@@ -185,23 +207,3 @@ class CompactModel(nn.Module):
 def _signature(args: Iterable[Any], kwargs: Mapping[str, Any]) -> str:
     shown = ["*" if not isinstance(a, (tuple, list, dict)) else type(a).__name__ for a in args]
     return f"({', '.join([*shown, *[f'{name}=*' for name in kwargs]])})"
-
-
-def max_difference(expected: list[Any], found: list[Any]) -> tuple[float, float]:
-    """(max |a - b|, the same over max |a|) over matching tensors; infinity if shapes differ or something is not finite."""
-    worst, scale = 0.0, 0.0
-    for left, right in zip(expected, found, strict=True):
-        if not isinstance(left, torch.Tensor):
-            continue
-        a, b = left.detach(), right.detach()
-        if a.shape != b.shape:
-            return math.inf, math.inf
-        if a.numel() == 0:
-            continue
-        if not a.is_floating_point() and not a.is_complex():
-            worst = max(worst, float((a != b).sum()))
-            continue
-        gap = (a - b).abs().max()
-        worst = max(worst, float(gap)) if bool(gap.isfinite()) else math.inf
-        scale = max(scale, float(a.abs().max()))
-    return worst, worst / scale if scale else worst

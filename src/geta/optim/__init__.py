@@ -1,0 +1,23 @@
+"""Optimizers that compress while they train: QASSO and its parts."""
+
+from __future__ import annotations
+
+from geta.optim.forget import Forgetting
+from geta.optim.groups import GroupIndex
+from geta.optim.qasso import QASSO
+from geta.optim.saliency import CRITERIA, GroupStatistics, Saliency, register_criterion
+from geta.optim.schedule import Schedule, Stage
+from geta.optim.selection import Selector
+
+__all__ = [
+    "CRITERIA",
+    "QASSO",
+    "Forgetting",
+    "GroupIndex",
+    "GroupStatistics",
+    "Saliency",
+    "Schedule",
+    "Selector",
+    "Stage",
+    "register_criterion",
+]

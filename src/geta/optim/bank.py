@@ -1,0 +1,113 @@
+"""All quantizers of a model as three flat vectors, so that projection and rounding are a few operations whatever their number.
+
+Bit widths and step sizes are related by `geta.quant` (DJPQ's quantizer, arXiv 2007.10463; GETA, arXiv 2502.16638, section 3):
+
+    b = log2(q_m^t / d + 1) + 1        d(b) = q_m^t / (2^(b-1) - 1)        (unsigned: without the "+ 1" and "- 1" on b)
+
+Legend: `L` quantizers (layers), `E` scalars of one parameter over all of them (E > L with per-channel quantizers).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from geta.quant.ops import Q_M_DOMAIN, T_DOMAIN, bit_width, step_size
+from geta.quant.quantizer import Quantizer
+
+
+class Steps(NamedTuple):
+    """Copies of the parameters of all quantizers, each flat [E]."""
+
+    d: Tensor
+    q_m: Tensor
+    t: Tensor
+
+
+class QuantizerBank:
+    """Stacked view of `quantizers` (weights and activations alike); bounds are read from each quantizer's `bits`."""
+
+    def __init__(self, quantizers: Sequence[Quantizer]) -> None:
+        self.quantizers = list(quantizers)
+        self._d: list[Tensor] = [quantizer.d for quantizer in self.quantizers]
+        self._q_m: list[Tensor] = [quantizer.q_m for quantizer in self.quantizers]
+        self._t: list[Tensor] = [quantizer.t for quantizer in self.quantizers]
+        self._free_t: list[Tensor] = [quantizer.t for quantizer in self.quantizers if not quantizer.linear]
+        self._numels = [parameter.numel() for parameter in self._d]
+        self.device = self._d[0].device if self._d else torch.device("cpu")
+        layers = torch.arange(len(self._d), device=self.device)
+        self.layer_E = layers.repeat_interleave(torch.tensor(self._numels, dtype=torch.int64, device=self.device))
+        self.read_settings()
+
+    def read_settings(self) -> None:
+        """Read signedness and bounds from the quantizers again (loading a model's state may have changed the former)."""
+        self.signed_L = self._host_vector([quantizer.signed for quantizer in self.quantizers], torch.bool)
+        self.signed_E = self.signed_L[self.layer_E]
+        self.lower_L = self._host_vector([quantizer.bits.lower for quantizer in self.quantizers])
+        self.upper_L = self._host_vector([quantizer.bits.upper for quantizer in self.quantizers])
+
+    def __len__(self) -> int:
+        return len(self.quantizers)
+
+    def read(self) -> Steps:
+        """The current parameters, copied."""
+        return Steps(*(torch.cat([p.detach().reshape(-1) for p in group]) for group in (self._d, self._q_m, self._t)))
+
+    def of(self, flat_E: Tensor, layer: int) -> Tensor:
+        """One quantizer's part of a flat vector, in the parameter's own shape (broadcasts against what it quantizes)."""
+        start = sum(self._numels[:layer])
+        return flat_E[start : start + self._numels[layer]].view_as(self._d[layer])
+
+    def guard_(self) -> None:
+        """Clamp q_m and t into the domain in which values and gradients are finite."""
+        torch._foreach_clamp_min_(self._q_m, Q_M_DOMAIN[0])
+        torch._foreach_clamp_max_(self._q_m, Q_M_DOMAIN[1])
+        if self._free_t:
+            torch._foreach_clamp_min_(self._free_t, T_DOMAIN[0])
+            torch._foreach_clamp_max_(self._free_t, T_DOMAIN[1])
+
+    def step_size_of(self, bits_L: Tensor, now: Steps) -> Tensor:
+        """d(b) for one bit width per quantizer: [L] -> [E]."""
+        return step_size(bits_L[self.layer_E], now.q_m, now.t, self.signed_E)
+
+    def project_(self, upper_L: Tensor, now: Steps) -> None:
+        """PPSG's partial projection: only d, onto `[d(upper), d(b_l)]`; q_m and t stay (GETA, section 5)."""
+        low, high = self.step_size_of(upper_L, now), self.step_size_of(self.lower_L, now)
+        self.write_d_(torch.minimum(torch.maximum(now.d, low), high))
+
+    def write_d_(self, flat_E: Tensor) -> None:
+        """Store step sizes."""
+        parts = [part.view_as(d) for part, d in zip(torch.split(flat_E, self._numels), self._d, strict=True)]
+        torch._foreach_copy_(self._d, parts)
+
+    def bit_widths(self) -> Tensor:
+        """Bits of each quantizer now [L]; the mean over the channels of a per-channel one."""
+        now = self.read()
+        bits_E = bit_width(now.d, now.q_m, now.t, self.signed_E)
+        sums = bits_E.new_zeros(len(self)).index_add_(0, self.layer_E, bits_E)
+        return sums / bits_E.new_zeros(len(self)).index_add_(0, self.layer_E, torch.ones_like(bits_E))
+
+    def rounded_bits(self) -> Tensor:
+        """The integer in [b_l, b_u] nearest to each quantizer's bit width [L]."""
+        return torch.minimum(torch.maximum(self.bit_widths().round(), self.lower_L), self.upper_L)
+
+    def split(self, layer: int, x: Tensor, take: Callable[[Tensor], Tensor], now: Steps, unit_E: Tensor) -> tuple[Tensor, Tensor]:
+        """`x_Q = c + ratio * v` when d is `ratio * unit`: c(x), and v = unit * (round(u) - u) with the current u = c(x) / d.
+
+        x: rows of the layer's weight, in the computing type. take: picks the same rows of a parameter that has them.
+        unit_E: reference step sizes, e.g. d(b_l).
+        """
+        quantizer = self.quantizers[layer]
+        d, q_m, t, unit = (take(self.of(flat, layer)).to(x.dtype) for flat in (*now, unit_E))
+        shaped = torch.minimum(torch.maximum(x, -q_m if quantizer.signed else torch.zeros_like(q_m)), q_m)
+        if not quantizer.linear:
+            shaped = shaped.abs().pow(t).copysign(shaped)
+        u = shaped / d
+        return shaped, (u.round() - u) * unit
+
+    def _host_vector(self, values: list[int] | list[bool], dtype: torch.dtype | None = None) -> Tensor:
+        kind = dtype or (self._d[0].dtype if self._d else torch.float32)
+        return torch.tensor(values, dtype=kind, device=self.device)

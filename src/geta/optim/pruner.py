@@ -1,0 +1,228 @@
+"""The pruning half of QASSO's joint stage: marks redundant groups, forgets them, keeps removed ones at zero.
+
+Legend: `G` groups, `R` rows, `F` families, `L` quantized weights, `N` pairs (parameter, family).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from geta.errors import ConfigError
+from geta.optim.bank import QuantizerBank, Steps
+from geta.optim.forget import Forgetting, PairMap, PairSums, forget
+from geta.optim.groups import GroupedTensor, GroupIndex, exclusive_row_sums
+from geta.optim.saliency import Saliency, group_statistics
+from geta.optim.selection import Selector
+
+
+@dataclass(frozen=True)
+class _Active:
+    """A parameter that holds redundant elements in this period.
+
+    With one zeroed dimension (the usual case) only its redundant rows are looked at; everything below is about these.
+
+    position: in `index.parameters`. layer: its quantizer in the bank, or -1. rows: the redundant rows of the single zeroed
+    dimension, or None = all. flags: redundant rows per zeroed dimension. families, pairs: family id and pair of each row per
+    zeroed dimension (F, N where none). mask: redundant elements of the whole tensor, broadcasting.
+    """
+
+    position: int
+    layer: int
+    entry: GroupedTensor
+    rows: Tensor | None
+    flags: list[Tensor]
+    families: list[Tensor]
+    pairs: list[Tensor]
+    mask: Tensor
+
+    def take(self, tensor: Tensor) -> Tensor:
+        """The rows looked at, of the parameter or of anything that broadcasts against it; may be `tensor` itself."""
+        dim = self.entry.dims[0]
+        if self.rows is None or tensor.dim() != self.entry.tensor.dim() or tensor.shape[dim] == 1 != self.entry.tensor.shape[dim]:
+            return tensor
+        return tensor.index_select(dim, self.rows)
+
+    def ones(self, dtype: torch.dtype) -> Tensor:
+        """As many ones as elements are looked at, without their memory."""
+        shape = list(self.entry.tensor.shape)
+        if self.rows is not None:
+            shape[self.entry.dims[0]] = len(self.rows)
+        return torch.ones((), dtype=dtype, device=self.entry.tensor.device).expand(shape)
+
+
+class Pruner:
+    """Drives exactly `selector.target` groups of `index` to zero.
+
+    bank:        the quantizers, whose weights are forgotten through their quantized value.
+    layers:      id of a quantized parameter -> its position in the bank.
+    forgetting:  the rule of `geta.optim.forget`.
+    redundant, pruned: bool [G] on the host; redundant groups are on their way to zero, pruned ones are there.
+    """
+
+    def __init__(
+        self,
+        index: GroupIndex,
+        selector: Selector,
+        *,
+        saliency: Saliency,
+        bank: QuantizerBank,
+        layers: Mapping[int, int],
+        forgetting: Forgetting,
+    ) -> None:
+        self.index, self.selector, self.saliency, self.bank, self.forgetting = index, selector, saliency, bank, forgetting
+        self.redundant = np.zeros(index.num_groups, dtype=bool)
+        self.pruned = np.zeros(index.num_groups, dtype=bool)
+        self._layers = [layers.get(id(entry.tensor), -1) for entry in index.parameters]
+        layer_of_pair = [self._layers[parameter] for parameter in index.pair_parameter]
+        layer_N = torch.tensor([layer if layer >= 0 else len(bank) for layer in layer_of_pair], dtype=torch.int64, device=index.device)
+        self._pairs = PairMap(index.pair_family_N, layer_N, len(index.families), len(bank))
+        self._zeroed: list[tuple[Tensor, Tensor]] = []
+        self._active: list[_Active] = []
+        self._pairs_of_rows = torch.zeros(0, dtype=torch.int64, device=index.device)
+        self._count_N = torch.zeros(index.num_pairs, device=index.device)
+        self.owner_L = torch.zeros(len(bank), dtype=torch.bool, device=index.device)
+
+    def snapshot(self, *, everything: bool) -> dict[int, Tensor]:
+        """Copies of what the coming step needs: all grouped parameters to score, else the rows being forgotten."""
+        if everything:
+            return {position: entry.tensor.detach().clone() for position, entry in enumerate(self.index.parameters)}
+        return {active.position: _copied(active, active.entry.tensor.detach()) for active in self._active}
+
+    def mark(self, before: Mapping[int, Tensor], total: int) -> dict[int, Tensor]:
+        """Score all groups from the proposed step and mark the least important as redundant, up to `total` in all.
+
+        before: `snapshot(everything=True)`. Returns the part of it that `snapshot(everything=False)` would have taken.
+        """
+        if total > int(self.pruned.sum()):
+            old = [before[position] for position in range(len(self.index.parameters))]
+            new = [entry.tensor.detach() for entry in self.index.parameters]
+            scores = self.saliency.score(group_statistics(self.index, old, new)).double().cpu().numpy()
+            if not np.isfinite(scores).all():
+                raise ConfigError("saliency: a score is not a finite number; check the custom criterion, or the learning rate")
+            self.redundant = self.selector.mark(scores, self.pruned, total)
+        self.refresh()
+        return {active.position: active.take(before[active.position]) for active in self._active}
+
+    def refresh(self) -> None:
+        """Derive everything that follows from `redundant` and `pruned`; call after changing either."""
+        index, family_count = self.index, len(self.index.families)
+        pruned, redundant = index.flags(self.pruned), index.flags(self.redundant)
+        self._zeroed = []
+        if self.pruned.any():
+            for entry in [*index.parameters, *index.buffers]:
+                mask = entry.element_mask(pruned)
+                if bool(mask.any()):
+                    self._zeroed.append((entry.tensor, mask))
+        self._active = []
+        if self.redundant.any():
+            family_of = torch.cat([index.family_of_G, index.family_of_G.new_full((1,), family_count)])
+            for position, entry in enumerate(index.parameters):
+                flags = entry.row_flags(redundant)
+                if any(bool(flag.any()) for flag in flags):
+                    families = [family_of[groups.to(index.device)].to(groups.device) for groups in entry.groups]
+                    pairs = index.row_pairs[position]
+                    rows = None
+                    if len(flags) == 1:
+                        rows = flags[0].nonzero().flatten()
+                        flags, families, pairs = [flags[0][rows]], [families[0][rows]], [pairs[0][rows.to(index.device)]]
+                    mask = entry.element_mask(redundant)
+                    self._active.append(_Active(position, self._layers[position], entry, rows, flags, families, pairs, mask))
+        self._pairs_of_rows = torch.cat(
+            [torch.zeros(0, dtype=torch.int64, device=index.device), *(p for a in self._active for p in a.pairs)]
+        )
+        self._count_N = self._pair_sums([active.ones(index.dtype)[None] for active in self._active], 1)[0]
+        owners = sorted({active.layer for active in self._active if active.layer >= 0})
+        self.owner_L = torch.zeros_like(self.owner_L)
+        self.owner_L[owners] = True
+
+    def enforce_(self) -> None:
+        """Set every pruned slice to exactly zero, whatever the base optimizer proposed."""
+        for tensor, mask in self._zeroed:
+            tensor.masked_fill_(mask, 0)
+
+    def forget_(self, before: Mapping[int, Tensor], steps: Steps | None, position: tuple[int, int]) -> Tensor:
+        """Apply `x_R <- x_R + delta_R - gamma [x_Q]_R` and return d / d(b_l) per quantizer [L] (meaningful for owners).
+
+        before: parameters before the base optimizer's step, which already added delta. steps: the bank before it.
+        position: (k, K_p). In the period's last step R becomes exactly zero, whatever gamma is.
+        """
+        shaped, terms = [], []
+        low_E = None if steps is None else self.bank.step_size_of(self.bank.lower_L, steps)
+        for active in self._active:
+            x = before[active.position].to(self.index.dtype)
+            step = x - active.take(active.entry.tensor.detach())
+            c, v = x, None
+            if active.layer >= 0:
+                assert steps is not None
+                assert low_E is not None
+                c, v = self.bank.split(active.layer, x, active.take, steps, low_E)
+            shaped.append((c, v))
+            terms.append(self._terms(step, c, v))
+        step_sq, step_shaped, shaped_abs, step_residual = self._pair_sums(terms, 4).unbind()
+        sums = PairSums(step_sq, step_shaped, shaped_abs, step_residual, self._count_N)
+        smallest = self._smallest_ratio(sums.count.dtype)
+        gamma_F, ratio_L = forget(self.forgetting, sums, self._pairs, smallest, position)
+        for active, (c, v) in zip(self._active, shaped, strict=True):
+            quantized = c if v is None else c + ratio_L[active.layer].to(c.device) * v
+            self._move_(active, quantized, gamma_F, last=position[0] == position[1] - 1)
+        return ratio_L
+
+    def finish_period_(self) -> None:
+        """The redundant groups are zero now: they are pruned from here on, buffers included."""
+        self.pruned = self.pruned | self.redundant
+        self.redundant = np.zeros_like(self.redundant)
+        self.refresh()
+        self.enforce_()
+
+    def _terms(self, step: Tensor, c: Tensor, v: Tensor | None) -> Tensor:
+        """The four summands of PairSums [4, *shape]; those that a fixed path doesn't look at stay zero."""
+        terms = step.new_zeros(4, *step.shape)
+        follows_rule = self.forgetting in ("descent", "blend")
+        if follows_rule or v is not None:
+            torch.mul(step, step, out=terms[0])
+        if follows_rule:
+            torch.mul(step, c, out=terms[1])
+            torch.abs(c, out=terms[2])
+        if v is not None:
+            torch.mul(step, v, out=terms[3])
+        return terms
+
+    def _pair_sums(self, terms: Sequence[Tensor], kinds: int) -> Tensor:
+        """[kinds, N]: sums over redundant elements, every element counted once; `terms` runs parallel to the active parameters."""
+        if not terms:
+            return torch.zeros(kinds, self.index.num_pairs, dtype=self.index.dtype, device=self.index.device)
+        rows = [exclusive_row_sums(active.entry, values, active.flags) for active, values in zip(self._active, terms, strict=True)]
+        return self.index.per_pair(self.index.reduce_rows(rows), self._pairs_of_rows)
+
+    def _smallest_ratio(self, dtype: torch.dtype) -> Tensor:
+        """d(b_u) / d(b_l) per quantizer, from the bounds alone."""
+        sign = self.bank.signed_L.to(dtype)
+        return (torch.exp2(self.bank.lower_L.to(dtype) - sign) - 1.0) / (torch.exp2(self.bank.upper_L.to(dtype) - sign) - 1.0)
+
+    def _move_(self, active: _Active, quantized: Tensor, gamma_F: Tensor, *, last: bool) -> None:
+        tensor = active.entry.tensor
+        if last:
+            tensor.masked_fill_(active.mask, 0)
+            return
+        padded = torch.cat([gamma_F, gamma_F.new_zeros(1)]).to(tensor.device)
+        rates = [active.entry.along(position, padded[families]) for position, families in enumerate(active.families)]
+        if active.rows is not None:
+            moved = active.take(tensor) - (rates[0] * quantized).to(tensor.dtype)
+            tensor.index_copy_(active.entry.dims[0], active.rows, moved)
+            return
+        rate = padded.new_zeros(())
+        covered = torch.zeros((), dtype=torch.bool, device=tensor.device)
+        for position, flags in enumerate(active.flags):
+            mine = active.entry.along(position, flags)
+            rate = torch.where(mine & ~covered, rates[position], rate)
+            covered = covered | mine
+        tensor.sub_((rate * quantized).to(tensor.dtype))
+
+
+def _copied(active: _Active, tensor: Tensor) -> Tensor:
+    return tensor.clone() if active.rows is None else active.take(tensor)

@@ -1,0 +1,315 @@
+"""QASSO: any torch optimizer plus two hard constraints, exactly K groups at zero and every bit width in its range.
+
+Legend: `G` groups, `L` quantizers.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from geta.errors import CheckpointError, ConfigError, GetaError
+from geta.graph.names import find_tensor
+from geta.optim.bank import QuantizerBank, Steps
+from geta.optim.forget import Forgetting, check_forgetting
+from geta.optim.groups import Graph, GroupIndex
+from geta.optim.pruner import Pruner
+from geta.optim.saliency import Saliency, SaliencySpec
+from geta.optim.schedule import Schedule, Stage
+from geta.optim.selection import Selector
+from geta.optim.setup import BitsLike, as_schedule, check_share, refuse_unprunable, replaced_bits, trained_parameters
+from geta.optim.wrapper import WrappingOptimizer, call_base, move_to_own_group
+from geta.quant import quantizers
+
+_BITS_TOLERANCE = 1e-3
+
+
+class QASSO(WrappingOptimizer):
+    """Quantization-aware structured sparse optimizer over `base`: prunes and quantizes while it trains.
+
+        min f(x, d, q_m, t)   s.t.   exactly K groups are zero,  b_l <= b_i <= b_u and integer
+
+    Four stages (lengths from `schedule`); delta is the step that `base` proposes, with momentum, weight decay and all:
+
+        warm-up     x <- x + delta;  d, q_m, t likewise
+        projection  the same, then only d is projected so that b_l <= b <= an upper bound that falls to b_u
+        joint       every period marks the least important groups; important groups as before; redundant ones
+                    x_R <- x_R + delta_R - gamma [x_Q]_R, zero in the period's last step (`geta.optim.forget`)
+        cool-down   zeros stay zero, each b is an integer, d = d(b) follows q_m and t
+
+    base:            any torch optimizer over the model's parameters; `param_groups` and `state` stay its own, so that
+                     learning-rate schedulers work. Quantizer parameters move to a group of their own.
+    graph:           the model's DependencyGraph.
+    sparsity:        K = floor(sparsity * number of prunable groups), in [0, 1).
+    weight_bits, activation_bits: (b_l, b_u) that replace the bounds stored in the model's quantizers; None keeps those.
+    schedule:        a `Schedule`, or the planned number of steps.
+    multiple_of:     each family keeps a multiple of this many groups, or all.
+    saliency:        see `geta.optim.saliency.Saliency`.
+    quant_lr:        learning rate of d, q_m and t (their group's `lr`, weight decay 0).
+    forgetting:      "descent" (as published), "uniform", "cosine" or "blend", see `geta.optim.forget`.
+
+    Raises ConfigError for impossible settings. Source: GETA (arXiv 2502.16638) section 5.
+    Deviation: bit widths lie in [b_l, schedule.initial_bits] during warm-up as well, because a step size outside makes a layer's
+    output zero; a frozen parameter of a redundant group is forgotten with delta = 0.
+    """
+
+    def __init__(
+        self,
+        base: Optimizer,
+        graph: Graph,
+        *,
+        sparsity: float = 0.5,
+        weight_bits: BitsLike = None,
+        activation_bits: BitsLike = None,
+        schedule: Schedule | int,
+        multiple_of: int = 1,
+        saliency: SaliencySpec = None,
+        quant_lr: float = 1e-3,
+        forgetting: Forgetting = "blend",
+    ) -> None:
+        check_share(sparsity, quant_lr)
+        self.schedule = as_schedule(schedule)
+        rule = check_forgetting(forgetting)
+        found = list(quantizers(graph.model).values())
+        self._index = GroupIndex(graph, skip={id(p) for quantizer in found for p in quantizer.parameters()})
+        wanted = int(sparsity * self._index.num_groups)
+        if sparsity > 0.0 and not self._index.num_groups:
+            refuse_unprunable(graph, sparsity)
+        selector = Selector(self._index.sizes, wanted, multiple_of)
+        if selector.target and not self.schedule.joint_steps:
+            raise ConfigError(f"{selector.target} groups are to be removed, but the schedule has no joint stage: give schedule.joint > 0")
+        criteria = Saliency(saliency)
+        bounds = {"weight": replaced_bits("weight_bits", weight_bits, "weight", found)}
+        bounds["activation"] = replaced_bits("activation_bits", activation_bits, "activation", found)
+        for quantizer in found:
+            wanted_bits = bounds[quantizer.kind] or quantizer.bits
+            self.schedule.check_bits(wanted_bits.upper, f"quantizer '{quantizer.name}'")
+        super().__init__(base)
+        move_to_own_group(base, trained_parameters(graph, found), quant_lr)
+        for quantizer in found:
+            quantizer.bits = bounds[quantizer.kind] or quantizer.bits
+        self._graph, self._rule = graph, rule
+        self._bank = QuantizerBank(found)
+        layers = {id(find_tensor(graph.model, q.name)): i for i, q in enumerate(found) if q.kind == "weight"}
+        self._pruner = Pruner(self._index, selector, saliency=criteria, bank=self._bank, layers=layers, forgetting=rule)
+        self._prunes = selector.target > 0
+        self._step = 0
+        self._bits: Tensor | None = None
+        self._upper: tuple[tuple[float, ...], Tensor] | None = None
+        self.notes = [*self._index.notes, *([selector.note] if selector.note else [])]
+        if sparsity > 0.0 and wanted == 0:
+            self.notes.append(f"sparsity {sparsity} of {self._index.num_groups} groups is less than one group: nothing is removed")
+
+    def step(self, closure: Callable[[], float] | None = None) -> Any:
+        """One optimizer step; returns the closure's loss if a closure is given.
+
+        Raises GetaError at the start of a period when parameters are no longer finite.
+        """
+        if not self._prunes and not len(self._bank):
+            loss = call_base(self.base, closure)
+            self._step += 1
+            return loss
+        stage = self.schedule.stage_at(self._step)
+        if self.schedule.is_period_start(self._step):
+            self._check_finite()
+        joint = stage == "joint" and self._prunes
+        marking = joint and self.schedule.joint_at(self._step).k == 0
+        before = self._pruner.snapshot(everything=marking) if joint else {}
+        steps = self._bank.read() if joint and len(self._bank) else None
+        loss = call_base(self.base, closure)
+        with torch.no_grad():
+            self._pruner.enforce_()
+            ruled = self._joint(before, steps) if joint else None
+            if len(self._bank):
+                self._constrain_bits(stage, ruled)
+        self._step += 1
+        return loss
+
+    @property
+    def stage(self) -> Stage:
+        """The stage that the next step belongs to."""
+        return self.schedule.stage_at(self._step)
+
+    @property
+    def target_groups(self) -> int:
+        """K: how many groups are zero in the end."""
+        return self._pruner.selector.target
+
+    @property
+    def selection(self) -> dict[str, Tensor]:
+        """The groups removed so far: {family name: BoolTensor[n]}, as `geta.compact` takes it."""
+        return self._index.selection(torch.from_numpy(self._pruner.pruned))
+
+    @property
+    def redundant(self) -> dict[str, Tensor]:
+        """The groups on their way to zero in the current period: {family name: BoolTensor[n]}."""
+        return self._index.selection(torch.from_numpy(self._pruner.redundant))
+
+    @property
+    def bits(self) -> dict[str, float]:
+        """Bit width of every quantized tensor now, by its name. Waits for the device."""
+        if not len(self._bank):
+            return {}
+        widths = self._bank.bit_widths() if self._bits is None else self._bits
+        return {quantizer.name: value for quantizer, value in zip(self._bank.quantizers, widths.tolist(), strict=True)}
+
+    def progress(self) -> dict[str, Any]:
+        """Where the run stands, as plain data. Waits for the device, so call it when you print, not at every step.
+
+        `mean_*bits` and `upper_bound` (of the widest tensor, in bits) are None without quantizers.
+        """
+        bits, groups = self.bits, self._index.num_groups
+        pruned = int(self._pruner.pruned.sum())
+        step, stage = self._step, self.stage
+        uppers = [self.schedule.upper_bits_at(step, quantizer.bits.upper) for quantizer in self._bank.quantizers]
+        return {
+            "step": step,
+            "total_steps": self.schedule.total_steps,
+            "stage": stage,
+            "period": self.schedule.joint_at(step).period if stage == "joint" else None,
+            "groups": groups,
+            "target_groups": self.target_groups,
+            "pruned_groups": pruned,
+            "redundant_groups": int(self._pruner.redundant.sum()),
+            "groups_left": self.target_groups - pruned,
+            "group_sparsity": pruned / groups if groups else 0.0,
+            "mean_bits": _mean(list(bits.values())),
+            "mean_weight_bits": _mean([bits[q.name] for q in self._bank.quantizers if q.kind == "weight"]),
+            "mean_activation_bits": _mean([bits[q.name] for q in self._bank.quantizers if q.kind == "activation"]),
+            "upper_bound": max(uppers, default=None),
+        }
+
+    def report(self) -> list[str]:
+        """What was reached, in words: groups, bits, and every note (missed targets, alignment)."""
+        now = self.progress()
+        lines = [
+            f"step {now['step']} of {now['total_steps']}, {now['stage']}",
+            f"{now['pruned_groups']} of {now['groups']} groups removed, {now['target_groups']} wanted",
+        ]
+        counts = Counter((q.kind, self.bits[q.name]) for q in self._bank.quantizers) if self._bits is not None else Counter()
+        lines += [f"{count} {kind} tensors with {bits:g} bits" for (kind, bits), count in sorted(counts.items())]
+        if self._bits is None and now["mean_bits"] is not None:
+            lines.append(f"{now['mean_bits']:.2f} bits on average, not yet rounded")
+        return [*lines, *self.notes]
+
+    def check(self) -> None:
+        """Assert the result: exactly K zero groups and every bit width an integer in its range.
+
+        Raises GetaError with the numbers otherwise, also when the run stopped before the cool-down.
+        """
+        if self._step < self.schedule.cooldown_start:
+            raise GetaError(
+                f"the run stopped at step {self._step}, in {self.stage}; targets are met from step {self.schedule.cooldown_start} on: "
+                f"train longer or shorten the schedule"
+            )
+        zero = int(self._index.zero_groups().sum())
+        if zero != self.target_groups:
+            raise GetaError(
+                f"{zero} groups are zero, but exactly {self.target_groups} should be: were parameters changed outside the optimizer?"
+            )
+        if self._bits is None:
+            return
+        actual = self._bank.bit_widths().tolist()
+        for quantizer, value, bits in zip(self._bank.quantizers, actual, self._bits.tolist(), strict=True):
+            low, high = quantizer.bits.lower, quantizer.bits.upper
+            if abs(value - bits) > _BITS_TOLERANCE or not low <= bits <= high:
+                raise GetaError(
+                    f"'{quantizer.name}' has {value:.4f} bits where {bits:g}, an integer in [{low}, {high}], was fixed: were d, q_m or t "
+                    f"changed outside the optimizer?"
+                )
+
+    def _joint(self, before: Mapping[int, Tensor], steps: Steps | None) -> tuple[Tensor, Tensor]:
+        """Mark, forget, prune; returns d / d(b_l) by the rule and which quantizers it is for (both [L])."""
+        period, k, length = self.schedule.joint_at(self._step)
+        if k == 0:
+            before = self._pruner.mark(before, self.schedule.pruned_target(period, self.target_groups))
+        ratio = self._pruner.forget_(before, steps, (k, length))
+        owners = self._pruner.owner_L
+        if k == length - 1:
+            self._pruner.finish_period_()
+        return ratio, owners
+
+    def _constrain_bits(self, stage: Stage, ruled: tuple[Tensor, Tensor] | None) -> None:
+        """Keep q_m and t in their domain, project d (cool-down: d follows the integer bits)."""
+        bank = self._bank
+        bank.guard_()
+        now = bank.read()
+        if stage != "cool-down":
+            if ruled is not None:
+                ratio, owners = (part[bank.layer_E] for part in ruled)
+                d_rule = ratio.to(now.d.dtype) * bank.step_size_of(bank.lower_L, now)
+                now = now._replace(d=torch.where(owners, d_rule, now.d))
+            bank.project_(self._upper_bits(), now)
+            if self._step + 1 < self.schedule.cooldown_start:
+                return
+        if self._bits is None:
+            self._bits = bank.rounded_bits()
+        bank.write_d_(bank.step_size_of(self._bits, now))
+
+    def _upper_bits(self) -> Tensor:
+        """This step's upper bound per quantizer [L]; made anew only when it changes."""
+        bounds = tuple(self.schedule.upper_bits_at(self._step, quantizer.bits.upper) for quantizer in self._bank.quantizers)
+        if self._upper is None or self._upper[0] != bounds:
+            self._upper = (bounds, torch.tensor(bounds, dtype=self._bank.lower_L.dtype, device=self._bank.device))
+        return self._upper[1]
+
+    def _check_finite(self) -> None:
+        """One synchronisation, once per period."""
+        parameters = [parameter for group in self.param_groups for parameter in group["params"]]
+        finite = torch.stack([parameter.detach().isfinite().all().cpu() for parameter in parameters])
+        if bool(finite.all()):
+            return
+        broken = {id(parameter) for parameter, fine in zip(parameters, finite.tolist(), strict=True) if not fine}
+        names = [name for name, parameter in self._graph.model.named_parameters() if id(parameter) in broken]
+        raise GetaError(
+            f"before step {self._step} ({self.stage}) {len(broken)} parameters are no longer finite (first: "
+            f"'{names[0] if names else 'unnamed'}'): resume from an earlier checkpoint with a lower learning rate or clipped gradients"
+        )
+
+    def _settings(self) -> dict[str, Any]:
+        """What a checkpoint must agree with, as plain data."""
+        return {
+            "schedule": self.schedule.to_dict(),
+            "families": {family.name: family.size for family in self._index.families},
+            "target_groups": self.target_groups,
+            "multiple_of": self._pruner.selector.multiple_of,
+            "forgetting": self._rule,
+            "bits": {q.name: [q.bits.lower, q.bits.upper] for q in self._bank.quantizers},
+        }
+
+    def _extra_state(self) -> dict[str, Any]:
+        return {
+            "settings": self._settings(),
+            "step": self._step,
+            "stage": self.stage,
+            "redundant": torch.from_numpy(self._pruner.redundant.copy()),
+            "pruned": torch.from_numpy(self._pruner.pruned.copy()),
+            "bits": torch.zeros(0, dtype=torch.int64) if self._bits is None else self._bits.to("cpu", torch.int64),
+        }
+
+    def _check_extra_state(self, extra: Mapping[str, Any]) -> None:
+        missing = [key for key in ("settings", "step", "redundant", "pruned", "bits") if key not in extra]
+        if missing:
+            raise CheckpointError(f"the optimizer state lacks {', '.join(missing)}: it is damaged or of another version")
+        for key, mine in self._settings().items():
+            saved = extra["settings"].get(key)
+            if saved != mine:
+                raise CheckpointError(f"the checkpoint was made with {key} = {saved}, this run has {mine}: resume with the same settings")
+
+    def _load_extra_state(self, extra: Mapping[str, Any]) -> None:
+        self._bank.read_settings()
+        self._step = int(extra["step"])
+        self._pruner.redundant = extra["redundant"].cpu().numpy().astype(bool)
+        self._pruner.pruned = extra["pruned"].cpu().numpy().astype(bool)
+        self._pruner.refresh()
+        saved = extra["bits"]
+        self._bits = saved.to(self._bank.device, self._bank.lower_L.dtype) if saved.numel() else None
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return sum(values) / len(values) if values else None

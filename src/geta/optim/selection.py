@@ -1,0 +1,176 @@
+"""Which groups become redundant: exactly K of them in the end, hardware alignment kept, no family emptied.
+
+With `multiple_of = m` the number of groups kept in each family is a multiple of m, or the whole family. At each period the
+cheapest complete plan for the final K is made (cost = sum of scores, already pruned groups stay pruned), and its lowest-scored
+groups are marked until the running total is reached. So the last period always lands on an aligned, exactly counted result.
+
+Everything here runs on the host, once per period. Legend: `G` groups, `F` families.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+import numpy as np
+
+from geta.errors import ConfigError
+
+_FIRST_WINDOW = 64
+"""Blocks of m that are planned exactly at the end of the greedy pass; widened when the target can't be met inside it."""
+
+
+class Selector:
+    """Chooses redundant groups.
+
+    sizes: groups per family. wanted: K as the user asked for. multiple_of: m.
+    target: the K that will be met: the feasible count nearest to `wanted`, the smaller one of two equally near.
+    note: in words, when `target` differs from `wanted`; otherwise "".
+    """
+
+    def __init__(self, sizes: Sequence[int], wanted: int, multiple_of: int = 1) -> None:
+        if not isinstance(multiple_of, int) or isinstance(multiple_of, bool) or multiple_of < 1:
+            raise ConfigError(f"multiple_of is {multiple_of!r}: it must be a whole number, at least 1")
+        self.multiple_of = multiple_of
+        self.starts = np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)]).astype(np.int64)
+        self.options = [removable_counts(size, multiple_of) for size in sizes]
+        self.target = nearest_feasible(self.options, wanted)
+        self.note = ""
+        if self.target != wanted:
+            rule = "no family may be emptied" if multiple_of == 1 else f"every family keeps a multiple of {multiple_of} groups or all"
+            total = int(self.starts[-1])
+            self.note = f"{wanted} of {total} groups were to be removed; {self.target} is the nearest possible, because {rule}"
+
+    def mark(self, scores_G: np.ndarray, pruned_G: np.ndarray, total: int) -> np.ndarray:
+        """Newly redundant groups (bool [G]) that bring the number of pruned groups from `pruned_G` up to `total`.
+
+        Lowest scores first; equal scores in the order of families and groups. Needs `pruned_G.sum() <= total <= target`.
+        """
+        assert int(pruned_G.sum()) <= total <= self.target, (int(pruned_G.sum()), total, self.target)
+        scores = np.asarray(scores_G, dtype=np.float64)
+        plan = self._plan(scores, pruned_G)
+        order = plan[np.lexsort((plan, scores[plan]))]
+        chosen = np.zeros_like(pruned_G)
+        chosen[order[: total - int(pruned_G.sum())]] = True
+        return chosen
+
+    def _plan(self, scores: np.ndarray, pruned: np.ndarray) -> np.ndarray:
+        """Ids of all groups still to be removed to reach `target`, at the smallest sum of scores found."""
+        ranked = [self._ranked(scores, pruned, f) for f in range(len(self.options))]
+        done = [int(pruned[a:b].sum()) for a, b in pairwise(self.starts)]
+        steps = [[count - have for count in counts if count > have] for counts, have in zip(self.options, done, strict=True)]
+        needed = self.target - sum(done)
+        if self.multiple_of == 1:
+            candidates = np.concatenate([np.zeros(0, np.int64), *(ids[: len(step)] for ids, step in zip(ranked, steps, strict=True))])
+            return candidates[np.lexsort((candidates, scores[candidates]))][:needed]
+        costs = [np.concatenate([[0.0], np.cumsum(scores[ids])]) for ids in ranked]
+        counts = _cheapest_counts(steps, costs, needed, self.multiple_of, stuck=self._misaligned(done))
+        return np.concatenate([np.zeros(0, np.int64), *(ids[:count] for ids, count in zip(ranked, counts, strict=True))])
+
+    def _ranked(self, scores: np.ndarray, pruned: np.ndarray, family: int) -> np.ndarray:
+        ids: np.ndarray = np.arange(self.starts[family], self.starts[family + 1])
+        ids = ids[~pruned[ids]]
+        return ids[np.argsort(scores[ids], kind="stable")]
+
+    def _misaligned(self, done: list[int]) -> list[bool]:
+        """Families whose pruned count isn't allowed as a final one, so that they have to go on."""
+        return [have not in set(counts) for counts, have in zip(self.options, done, strict=True)]
+
+
+def removable_counts(size: int, multiple_of: int) -> list[int]:
+    """How many groups of a family of `size` may be removed, ascending: 0, and `size - j * multiple_of` for every j >= 1."""
+    largest_kept = (size - 1) // multiple_of * multiple_of
+    return [0, *range(size - largest_kept, size, multiple_of)] if largest_kept > 0 else [0]
+
+
+def nearest_feasible(options: Sequence[Sequence[int]], wanted: int) -> int:
+    """The sum of one option per family that is nearest to `wanted`; the smaller one of two equally near."""
+    reachable = 1  # bit i = a total of i is possible
+    for counts in options:
+        reachable = _shifted(reachable, counts)
+    below = reachable & ((1 << (wanted + 1)) - 1)
+    lower = below.bit_length() - 1
+    above = reachable >> (wanted + 1)
+    if not above:
+        return lower
+    upper = wanted + (above & -above).bit_length()
+    return lower if wanted - lower <= upper - wanted else upper
+
+
+def _shifted(reachable: int, counts: Sequence[int]) -> int:
+    """OR of `reachable << count` over the counts, which after the leading 0 are evenly spaced: doubling keeps it fast."""
+    spaced = counts[1:]
+    if not spaced:
+        return reachable
+    step = spaced[1] - spaced[0] if len(spaced) > 1 else 1
+    span, covered = reachable << spaced[0], 1
+    while covered < len(spaced):
+        grow = min(covered, len(spaced) - covered)
+        span |= span << (grow * step)
+        covered += grow
+    return reachable | span
+
+
+def _cheapest_counts(steps: list[list[int]], costs: list[np.ndarray], needed: int, multiple_of: int, *, stuck: list[bool]) -> list[int]:
+    """How many further groups each family loses so that together they lose `needed`.
+
+    steps: allowed further counts per family (without 0). costs: cost of the first i groups of each family.
+    stuck: families that must not stop at 0.
+    Takes whole increments in the order of their mean score until a window before the end, then solves the rest exactly.
+    """
+    window = _FIRST_WINDOW * multiple_of
+    while True:
+        counts = _greedy(steps, costs, needed - window)
+        exact = _exact(steps, costs, counts, needed - sum(counts), stuck)
+        if exact is not None:
+            return exact
+        assert window < needed, "the target was found feasible, so the widest window must reach it"
+        window *= 4
+
+
+def _greedy(steps: list[list[int]], costs: list[np.ndarray], limit: int) -> list[int]:
+    counts = [0] * len(steps)
+    increments = []
+    for family, allowed in enumerate(steps):
+        mean = -np.inf
+        for low, high in pairwise([0, *allowed]):
+            mean = max(mean, (costs[family][high] - costs[family][low]) / (high - low))
+            increments.append((mean, family, high, high - low))
+    taken = 0
+    for _, family, count, size in sorted(increments):
+        if taken + size > limit:
+            break
+        counts[family] = count
+        taken += size
+    return counts
+
+
+def _exact(steps: list[list[int]], costs: list[np.ndarray], start: list[int], needed: int, stuck: list[bool]) -> list[int] | None:
+    """Knapsack over the families: from `start`, the cheapest further counts that sum to `needed`; None if there are none."""
+    best = np.full(needed + 1, np.inf)
+    best[0] = 0.0
+    choices = []
+    for family, allowed in enumerate(steps):
+        here = start[family]
+        may_stay = here > 0 or not stuck[family]
+        new = best.copy() if may_stay else np.full_like(best, np.inf)
+        choice = np.zeros(needed + 1, dtype=np.int64)
+        for count in allowed:
+            size = count - here
+            if not 0 < size <= needed:
+                continue
+            candidate = best[: needed + 1 - size] + (costs[family][count] - costs[family][here])
+            better = candidate < new[size:]
+            new[size:][better] = candidate[better]
+            choice[size:][better] = size
+        best = new
+        choices.append(choice)
+    if not np.isfinite(best[needed]):
+        return None
+    counts = list(start)
+    left = needed
+    for family in reversed(range(len(steps))):
+        size = int(choices[family][left])
+        counts[family] += size
+        left -= size
+    return counts

@@ -1,0 +1,57 @@
+"""Checks that turn QASSO's arguments into what it works with; every contradiction is found before anything is changed."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+from torch import nn
+
+from geta.errors import ConfigError
+from geta.optim.groups import Graph
+from geta.optim.schedule import Schedule
+from geta.quant import Bits, Quantizer
+
+BitsLike = Bits | Sequence[int] | int | None
+
+
+def check_share(sparsity: float, quant_lr: float) -> None:
+    """Raise ConfigError unless 0 <= sparsity < 1 and 0 <= quant_lr."""
+    if isinstance(sparsity, bool) or not isinstance(sparsity, int | float) or not 0.0 <= sparsity < 1.0:
+        raise ConfigError(f"sparsity is {sparsity!r}: it must be in [0, 1), the share of groups to remove")
+    if not 0.0 <= quant_lr < float("inf"):
+        raise ConfigError(f"quant_lr is {quant_lr!r}: it must be finite and not negative")
+
+
+def as_schedule(schedule: Schedule | int) -> Schedule:
+    """A Schedule from a Schedule or from the planned number of steps."""
+    if isinstance(schedule, Schedule):
+        return schedule
+    if isinstance(schedule, int):
+        return Schedule(total_steps=schedule)
+    raise ConfigError(f"schedule is {schedule!r}: give a Schedule, or the planned number of steps")
+
+
+def refuse_unprunable(graph: Graph, sparsity: float) -> None:
+    """Raise ConfigError that quotes the most common reasons why nothing can be removed."""
+    reasons = Counter(family.reason for family in graph.families if not family.prunable)
+    common = sorted(reasons.items(), key=lambda item: (-item[1], item[0]))[:3]
+    words = "; ".join(f"{reason} ({count} families)" for reason, count in common) or "the graph has no families"
+    raise ConfigError(f"sparsity is {sparsity}, but the model has no prunable group: {words}; use sparsity=0")
+
+
+def replaced_bits(setting: str, value: BitsLike, kind: str, found: Sequence[Quantizer]) -> Bits | None:
+    """The bounds that replace those of the quantizers of `kind`; None keeps them."""
+    if value is None:
+        return None
+    if not any(quantizer.kind == kind for quantizer in found):
+        raise ConfigError(
+            f"{setting} is {value!r}, but the model has no {kind} quantizers: call geta.quantize(model, ...) first, or leave {setting} out"
+        )
+    return Bits.of(value)
+
+
+def trained_parameters(graph: Graph, found: Sequence[Quantizer]) -> list[tuple[str, nn.Parameter]]:
+    """The quantizers' parameters that are trained, with their names in the model."""
+    mine = {id(p) for quantizer in found for p in quantizer.parameters()}
+    return [(name, p) for name, p in graph.model.named_parameters() if id(p) in mine and p.requires_grad]

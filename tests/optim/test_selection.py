@@ -1,0 +1,112 @@
+"""Which groups become redundant: exact counts, alignment, no emptied family, lowest scores."""
+
+from __future__ import annotations
+
+from itertools import product
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from geta.errors import ConfigError
+from geta.optim.selection import Selector, nearest_feasible, removable_counts
+
+SIZES = st.lists(st.integers(1, 40), min_size=1, max_size=6)
+
+
+def kept_is_allowed(size: int, kept: int, multiple_of: int) -> bool:
+    return kept == size or (kept > 0 and kept % multiple_of == 0)
+
+
+def run_periods(selector: Selector, rng: np.random.Generator, groups: int, periods: int) -> np.ndarray:
+    pruned = np.zeros(groups, dtype=bool)
+    for period in range(periods):
+        total = selector.target * (period + 1) // periods
+        new = selector.mark(rng.random(groups), pruned, total)
+        assert not (new & pruned).any()
+        pruned |= new
+        assert pruned.sum() == total
+    return pruned
+
+
+@settings(max_examples=100, deadline=None)
+@given(SIZES, st.integers(1, 12), st.floats(0, 0.99), st.integers(1, 4), st.integers(0, 1000))
+def test_every_run_lands_on_an_aligned_exact_count(sizes, multiple_of, sparsity, periods, seed):
+    wanted = int(sparsity * sum(sizes))
+    selector = Selector(sizes, wanted, multiple_of)
+    pruned = run_periods(selector, np.random.default_rng(seed), sum(sizes), periods)
+    assert pruned.sum() == selector.target
+    start = 0
+    for size in sizes:
+        kept = size - int(pruned[start : start + size].sum())
+        assert kept_is_allowed(size, kept, multiple_of)
+        start += size
+    assert bool(selector.note) == (selector.target != wanted)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=4), st.integers(1, 5), st.data())
+def test_the_target_is_the_nearest_feasible_count(sizes, multiple_of, data):
+    wanted = data.draw(st.integers(0, sum(sizes)))
+    allowed = [[n - kept for kept in range(n + 1) if kept_is_allowed(n, kept, multiple_of)] for n in sizes]
+    totals = sorted({sum(choice) for choice in product(*allowed)})
+    best = min(totals, key=lambda total: (abs(total - wanted), total))
+    assert nearest_feasible([removable_counts(n, multiple_of) for n in sizes], wanted) == best
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.integers(1, 7), min_size=1, max_size=4), st.integers(1, 4), st.integers(0, 1000), st.data())
+def test_the_cheapest_aligned_choice_is_found(sizes, multiple_of, seed, data):
+    wanted = data.draw(st.integers(0, sum(sizes)))
+    scores = np.random.default_rng(seed).random(sum(sizes))
+    selector = Selector(sizes, wanted, multiple_of)
+    chosen = selector.mark(scores, np.zeros(sum(sizes), dtype=bool), selector.target)
+    costs, start = [], 0
+    for size in sizes:
+        ranked = np.sort(scores[start : start + size])
+        costs.append({n - k: ranked[: n - k].sum() for n in [size] for k in range(n + 1) if kept_is_allowed(n, k, multiple_of)})
+        start += size
+    best = min(
+        sum(cost[count] for cost, count in zip(costs, choice, strict=True)) for choice in product(*costs) if sum(choice) == selector.target
+    )
+    assert scores[chosen].sum() == pytest.approx(best)
+
+
+def test_without_alignment_the_lowest_scores_go_first():
+    scores = np.array([0.3, 0.1, 0.9, 0.2, 0.8, 0.05])
+    chosen = Selector([3, 3], 3).mark(scores, np.zeros(6, dtype=bool), 3)
+    assert chosen.tolist() == [False, True, False, True, False, True]
+
+
+def test_equal_scores_are_taken_in_order():
+    chosen = Selector([4, 4], 3).mark(np.zeros(8), np.zeros(8, dtype=bool), 3)
+    assert chosen.tolist() == [True] * 3 + [False] * 5
+
+
+def test_a_family_is_never_emptied():
+    selector = Selector([2, 6], 6)
+    chosen = selector.mark(np.array([0.0, 0.0, 1, 1, 1, 1, 1, 1]), np.zeros(8, dtype=bool), 6)
+    assert chosen[:2].sum() == 1
+    assert chosen[2:].sum() == 5
+
+
+def test_missed_targets_are_said_in_words():
+    assert Selector([16, 16], 13, 8).note == (
+        "13 of 32 groups were to be removed; 16 is the nearest possible, because every family keeps a multiple of 8 groups or all"
+    )
+    assert "no family may be emptied" in Selector([2, 2], 3).note
+
+
+def test_large_families_are_planned_in_reasonable_time():
+    sizes = [1003] * 4 + [1024] * 8
+    selector = Selector(sizes, sum(sizes) // 2, 8)
+    assert abs(selector.target - sum(sizes) // 2) <= 1
+    pruned = run_periods(selector, np.random.default_rng(0), sum(sizes), 2)
+    assert pruned.sum() == selector.target
+
+
+@pytest.mark.parametrize("multiple_of", [0, -1, 2.0, True])
+def test_a_bad_multiple_is_refused(multiple_of):
+    with pytest.raises(ConfigError, match="multiple_of"):
+        Selector([4], 1, multiple_of)
