@@ -76,7 +76,7 @@ def _signatures(found: Propagation, partition: Partition) -> np.ndarray:
             for track in leaf.tracks if isinstance(leaf, Value) else ():
                 code = canonical(partition.root, track.labels)
                 mark += 1
-                if len(varying(code)) == 1:
+                if varying(code):
                     touch(np.unique(squeezed(code).numpy()), mark)
     return signature
 

@@ -62,11 +62,7 @@ class Track:
 
     @property
     def labels(self) -> torch.Tensor:
-        return self.code >> 1
-
-    @property
-    def zero(self) -> torch.Tensor:
-        return (self.code & 1).bool()
+        return (squeezed(self.code) >> 1).expand(self.code.shape)
 
 
 @dataclass(frozen=True)
@@ -110,6 +106,11 @@ def squeezed(code: torch.Tensor) -> torch.Tensor:
         if code.shape[dim] > 1 and code.stride(dim) == 0:
             code = code.narrow(dim, 0, 1)
     return code
+
+
+def never_zero(code: torch.Tensor) -> torch.Tensor:
+    """The same labels with the zero bit cleared; stride 0 stays stride 0."""
+    return squeezed(code).bitwise_and(-2).expand(code.shape)
 
 
 def along(code: torch.Tensor, shape: Sequence[int], dim: int) -> torch.Tensor:

@@ -12,7 +12,7 @@ from torch import fx
 
 from geta.graph.capture import Capture
 from geta.graph.context import Context, Ledger, concrete, concrete_shape
-from geta.graph.labels import LabelSpace, Track, Value, along, squeezed
+from geta.graph.labels import LabelSpace, Track, Value, along, never_zero, squeezed
 from geta.graph.rules import find_rule
 from geta.graph.rules.registry import operator_name
 from geta.graph.solver import Constraints, Freeze
@@ -143,7 +143,7 @@ class _Interpreter:
             base = self._storage.get(given, given)
             for other, value in self._values.items():
                 if self._storage.get(other, other) is base and isinstance(value, Value):
-                    tracks = tuple(Track((squeezed(t.code) >> 1 << 1).expand(t.code.shape), t.origins) for t in value.tracks)
+                    tracks = tuple(Track(never_zero(t.code), t.origins) for t in value.tracks)
                     self._values[other] = Value(value.shape, tracks, False)
             if isinstance(result, Value):
                 self._values[given] = result

@@ -152,7 +152,7 @@ class Solver:
 
     def _align(self, item: Aligned) -> bool:
         """Join what must keep the same indices; True when every track has settled on at most one letter."""
-        views = [(operand, self.canonical(labels)) for operand, labels in item.tracks]
+        views = [(operand, self._canonical_removable(labels)) for operand, labels in item.tracks]
         settled = True
         # A factor that varies along a batch letter alone (attention weights per head) decides for the other factor.
         decided = {dims[0] for _, code in views if len(dims := varying(code)) == 1 and dims[0] in item.batch}
@@ -177,6 +177,16 @@ class Solver:
         if settled:
             self._check_spans(item, views)
         return settled
+
+    def _canonical_removable(self, labels: torch.Tensor) -> torch.Tensor:
+        """The canonical track; where it is ragged, what must stay anyway counts as FIXED: only the rest could become ragged."""
+        code = self.canonical(labels)
+        if len(varying(code)) < 2:
+            return code
+        stays = np.zeros(len(self._root), dtype=bool)
+        stays[self._root[np.flatnonzero(self._reason)]] = True
+        small = squeezed(code)
+        return compress(torch.where(torch.from_numpy(stays[small.numpy()]), FIXED, small).expand(code.shape))
 
     def _check_spans(self, item: Aligned, views: list[tuple[int, torch.Tensor]]) -> None:
         """Where one operand may lose indices and another that spans the letter can't, the first must stay."""
@@ -210,7 +220,7 @@ class Solver:
         tracks = self._constraints.ragged + [labels for item in self._constraints.aligned for _, labels in item.tracks]
         frozen = set(self._by_root(self._reason))
         for labels in tracks:
-            code = self.canonical(labels)
+            code = self._canonical_removable(labels)
             dims = varying(code)
             if len(dims) < 2:
                 continue

@@ -64,7 +64,7 @@ class WrappingOptimizer(Optimizer):
         return state
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Restore what `state_dict` returned. Load the model's own state dict as well (before or after).
+        """Restore what `state_dict` returned. Load the model's own state dict first: it says which activations are signed.
 
         Raises CheckpointError, with nothing changed, when it comes from another kind of optimizer or other settings.
         """

@@ -15,7 +15,7 @@ from torch import fx
 
 from geta.errors import BadModelError
 from geta.graph.dependency import Analysis
-from geta.graph.labels import Value, squeezed, varying
+from geta.graph.labels import Value, compress, squeezed, varying
 from geta.graph.propagate import bind_arguments
 from geta.graph.rules.registry import operator_name
 from geta.graph.solver import canonical
@@ -54,13 +54,13 @@ class KeptIndices:
         stays: dict[int, np.ndarray] = {}
         for track in value.tracks:
             code = canonical(self._analysis.partition.root, track.labels)
-            dims = varying(code)
-            gone = self._removed[squeezed(code).numpy()]
-            if not dims or not gone.any():
-                continue
-            if len(dims) > 1:
-                raise BadModelError("removal would leave a ragged tensor; please report this model")
-            line = ~gone.reshape(-1)
+            gone = compress(torch.from_numpy(self._removed[squeezed(code).numpy()]).expand(code.shape))
+            dims = varying(gone)
+            if not varying(code) or not bool(squeezed(gone).any()):
+                continue  # a track that varies nowhere belongs to an axis that was bound, so it says nothing
+            if len(dims) != 1:
+                raise BadModelError("removal would leave a ragged or an empty tensor; please report this model")
+            line = ~squeezed(gone).reshape(-1).numpy()
             stays[dims[0]] = stays.get(dims[0], np.ones_like(line)) & line
         return {dim: torch.from_numpy(np.flatnonzero(line)) for dim, line in stays.items()}
 

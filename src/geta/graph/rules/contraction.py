@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from geta.graph.context import INTERNAL, Context, Place, narrow_dims
-from geta.graph.labels import Track, Value, compress, make_value, squeezed, varying
+from geta.graph.labels import Track, Value, compress, make_value, never_zero, squeezed, varying
 from geta.graph.rules.elementwise import pointwise
 from geta.graph.rules.registry import rule
 
@@ -251,7 +251,7 @@ def attention(ctx: Context) -> Value:
         scores = _masked(ctx, scores, mask)
     ctx.freeze(scores, (-1,), f"crosses the softmax of {ctx.where}")
     ctx.freeze(value, (-2,), f"crosses the softmax of {ctx.where}")
-    weights = Value(scores.shape, tuple(Track(track.code >> 1 << 1, track.origins) for track in scores.tracks), scores.derived)
+    weights = Value(scores.shape, tuple(Track(never_zero(track.code), track.origins) for track in scores.tracks), scores.derived)
     return product(ctx, weights, value, ctx.shape)
 
 

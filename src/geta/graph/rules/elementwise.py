@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 
 from geta.graph.context import Context, Place, expand_to
-from geta.graph.labels import Track, Value, compress, squeezed, varying
+from geta.graph.labels import Track, Value, compress, never_zero, squeezed, varying
 from geta.graph.rules.registry import rule
 
 ZeroLaw = Literal["keep", "lose", "and", "or"]
@@ -94,7 +94,7 @@ def loses_zero(ctx: Context) -> Any:
 def _unary(ctx: Context, value: Value, law: ZeroLaw) -> Any:
     result = Value(value.shape, value.tracks, value.derived)
     if law == "lose":
-        result = Value(value.shape, tuple(Track(squeezed_shift(t.labels), t.origins) for t in value.tracks), value.derived)
+        result = Value(value.shape, tuple(Track(never_zero(t.code), t.origins) for t in value.tracks), value.derived)
     if isinstance(ctx.node.meta["val"], (tuple, list)):
         return (result, *[Value(value.shape) for _ in ctx.node.meta["val"][1:]])
     return result

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from geta.graph.context import Context, concrete_shape, narrow_dims
-from geta.graph.labels import Track, Value, compress, squeezed
+from geta.graph.labels import Track, Value, compress, never_zero, squeezed
 from geta.graph.rules.data_movement import call
 from geta.graph.rules.elementwise import pointwise
 from geta.graph.rules.registry import rule
@@ -30,15 +30,13 @@ def _reduced(ctx: Context, value: Value, dims: tuple[int, ...], *, keeps_zero: b
         if not keepdim:
             for dim in reversed(dims):
                 code = code.squeeze(dim)
-        tracks.append(Track(code if keeps_zero else code >> 1 << 1, track.origins))
+        tracks.append(Track(code if keeps_zero else never_zero(code), track.origins))
     fake = ctx.node.meta["val"]
     if isinstance(fake, (tuple, list)):
         shape = concrete_shape(fake[0])
         plain = Value(shape, tuple(Track(compress(t.code), t.origins) for t in tracks), value.derived)
         return tuple(
-            Value(plain.shape, tuple(Track(squeezed(t.code).bitwise_and(-2).expand(t.code.shape), t.origins) for t in plain.tracks))
-            if place
-            else plain
+            Value(plain.shape, tuple(Track(never_zero(t.code), t.origins) for t in plain.tracks)) if place else plain
             for place in range(len(fake))
         )
     return ctx.free(tracks, value.derived)
@@ -110,7 +108,7 @@ def along_one(ctx: Context) -> Any:
     if ctx.op == "diff" and value.tracks:
         return NotImplemented
     ctx.freeze(value, dims, f"crosses {ctx.where}")
-    tracks = tuple(Track(squeezed(track.code).bitwise_and(-2).expand(track.code.shape), track.origins) for track in value.tracks)
+    tracks = tuple(Track(never_zero(track.code), track.origins) for track in value.tracks)
     fake = ctx.node.meta["val"]
     if isinstance(fake, (tuple, list)):
         return tuple(Value(value.shape, tracks, value.derived) for _ in fake)
