@@ -1,0 +1,62 @@
+# Each target makes .venv itself when it is missing and installs only what it needs.
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+
+PYTHON ?= python3
+BIN := .venv/bin
+SPEC := pyproject.toml constraints.txt
+PIP := PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip install --quiet
+WORKERS ?= 2
+DEMO_ARGS ?=
+export OMP_NUM_THREADS ?= 2
+
+.PHONY: help demo test check format bench fuzz clean
+
+help:  ## list the targets
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+
+.venv/bin/python:
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "geta needs Python 3.11 or newer: set PYTHON=...")'
+	$(PYTHON) -m venv .venv
+
+.venv/.stamp-core: .venv/bin/python $(SPEC)
+	$(PIP) -e . -c constraints.txt
+	@touch $@
+
+.venv/.stamp-demo: .venv/bin/python $(SPEC)
+	$(PIP) -e '.[demo]' -c constraints.txt
+	@touch $@
+
+.venv/.stamp-dev: .venv/bin/python $(SPEC)
+	$(PIP) -e '.[dev]' -c constraints.txt
+	@touch $@ .venv/.stamp-demo .venv/.stamp-core
+
+demo: .venv/.stamp-demo  ## train a dense and a self-compressing network on real digits, compare them (DEMO_ARGS="--epochs 20")
+	$(BIN)/geta demo $(DEMO_ARGS)
+
+test: export OMP_NUM_THREADS = 1
+test: .venv/.stamp-dev  ## run all tests
+	$(BIN)/python -m pytest -n $(WORKERS) -q
+
+check: .venv/.stamp-dev  ## formatting, lint, types, tests
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(MAKE) --no-print-directory test
+
+format: .venv/.stamp-dev  ## rewrite the code in the project's format
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: .venv/.stamp-core  ## time one training step, plain optimizer and QASSO in each stage, side by side
+	$(BIN)/python bench/step_overhead.py
+
+fuzz: export OMP_NUM_THREADS = 1
+fuzz: export GETA_FUZZ_EXAMPLES ?= 5000
+fuzz: .venv/.stamp-dev  ## run the property tests with thousands of examples
+	$(BIN)/python -m pytest -n $(WORKERS) -q -m fuzz
+
+clean:  ## remove caches and build leftovers, not .venv and not runs/
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist src/*.egg-info

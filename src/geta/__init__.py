@@ -1,0 +1,103 @@
+"""geta: train a network once and get it back smaller.
+
+    graph = geta.analyze(model, (x,))                      which channels, heads and neurons live and die together
+    geta.quantize(model, weights=geta.Bits(4, 8))          quantizers that learn their step size
+    optimizer = geta.QASSO(base_optimizer, graph, ...)     an ordinary torch optimizer that prunes and narrows bits
+    ...the training loop, unchanged...
+    small = geta.compact(model, graph)                     the smaller network, verified against the trained one
+
+Importing the package imports neither torch nor any other dependency: each public name is loaded when it is first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from geta.cost import Cost, cost
+    from geta.errors import BadModelError, CheckpointError, ConfigError, GetaError, UnsupportedOpError
+    from geta.export.storage import load
+    from geta.graph import DependencyGraph, analyze
+    from geta.integrations.compressor import Compressor
+    from geta.optim import QASSO, Schedule
+    from geta.quant import STE, Bits, Fourier, quantize
+    from geta.seeding import seed_everything
+    from geta.subnet.compact import compact
+    from geta.subnet.model import CompactModel
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "BadModelError": "geta.errors",
+    "Bits": "geta.quant",
+    "CheckpointError": "geta.errors",
+    "CompactModel": "geta.subnet",
+    "Compressor": "geta.integrations.compressor",
+    "ConfigError": "geta.errors",
+    "Cost": "geta.cost",
+    "DependencyGraph": "geta.graph",
+    "Fourier": "geta.quant",
+    "GetaError": "geta.errors",
+    "QASSO": "geta.optim",
+    "STE": "geta.quant",
+    "Schedule": "geta.optim",
+    "UnsupportedOpError": "geta.errors",
+    "analyze": "geta.graph",
+    "compact": "geta.subnet",
+    "cost": "geta.cost",
+    "load": "geta.export.storage",
+    "quantize": "geta.quant",
+    "seed_everything": "geta.seeding",
+}
+
+__all__ = [
+    "QASSO",
+    "STE",
+    "BadModelError",
+    "Bits",
+    "CheckpointError",
+    "CompactModel",
+    "Compressor",
+    "ConfigError",
+    "Cost",
+    "DependencyGraph",
+    "Fourier",
+    "GetaError",
+    "Schedule",
+    "UnsupportedOpError",
+    "__version__",
+    "analyze",
+    "compact",
+    "cost",
+    "load",
+    "quantize",
+    "seed_everything",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Load a public name from the module that defines it (PEP 562)."""
+    if name not in _HOME:
+        raise AttributeError(f"module 'geta' has no attribute '{name}'")
+    value = getattr(importlib.import_module(_HOME[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    """List the public names, loaded or not."""
+    return sorted(__all__)
+
+
+class _Package(ModuleType):
+    """The package object; `geta.cost` stays the public function when the subpackage of the same name has been imported."""
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if not (name == "cost" and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package

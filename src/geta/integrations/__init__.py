@@ -1,0 +1,1 @@
+"""Objects that join the parts for a particular way of working."""

@@ -1,0 +1,136 @@
+"""Everything in one object, for people who just want a smaller model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from geta.errors import ConfigError
+from geta.graph import DependencyGraph, analyze
+from geta.optim import QASSO, Schedule
+from geta.quant import STE, Bits, Surrogate, quantize
+from geta.subnet import CompactModel, compact
+
+BitsLike = Bits | Sequence[int] | int
+
+
+class Compressor:
+    """Analyse and quantize a model now, prune it while it trains, build the small network at the end.
+
+        compressor = geta.Compressor(model, (x,), sparsity=0.5, weight_bits=(4, 8))
+        optimizer = compressor.optimizer(torch.optim.AdamW, lr=1e-3, total_steps=steps)
+        ...the training loop, unchanged...
+        small = compressor.finish()
+
+    model:           trained in place from now on: its weights get quantizers, and its groups become zero.
+    args, kwargs:    example inputs, as the model is called: `model(*args, **kwargs)`.
+    sparsity:        share of the prunable groups to remove, in [0, 1).
+    weight_bits:     range of bit widths of the weights, None = not quantized.
+    activation_bits: the same for activations; needs `calibration`, an iterable of real batches.
+    multiple_of:     every family keeps a multiple of this many groups.
+    surrogate, granularity, exclude: as in `geta.quantize`. exact, dynamic_shapes: as in `geta.analyze`.
+
+    Raises whatever `geta.analyze` and `geta.quantize` raise; ConfigError when the settings leave nothing to do.
+    Source: GETA (arXiv 2502.16638), sections 3 to 5.
+    """
+
+    def __init__(  # noqa: PLR0913 - the settings of three stages, keywords only
+        self,
+        model: nn.Module,
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+        *,
+        sparsity: float,
+        weight_bits: BitsLike | None = (4, 8),
+        activation_bits: BitsLike | None = None,
+        calibration: Iterable[Any] | None = None,
+        multiple_of: int = 1,
+        surrogate: Surrogate | None = None,
+        granularity: Literal["tensor", "channel"] = "tensor",
+        exclude: Sequence[str] | None = None,
+        exact: bool = True,
+        dynamic_shapes: Any = None,
+    ) -> None:
+        if not 0.0 <= sparsity < 1.0:
+            raise ConfigError(f"sparsity = {sparsity}: it is the share of the groups to remove, from 0 to below 1")
+        if multiple_of < 1:
+            raise ConfigError(f"multiple_of = {multiple_of}: a family keeps a multiple of at least 1 group")
+        quantized = weight_bits is not None or activation_bits is not None
+        if not quantized and sparsity == 0.0:
+            raise ConfigError("sparsity = 0 and no bit widths: nothing would become smaller; set sparsity, weight_bits or activation_bits")
+        if not quantized and (surrogate is not None or exclude is not None or calibration is not None or granularity != "tensor"):
+            raise ConfigError(
+                "surrogate, granularity, exclude and calibration have no effect without quantization: set weight_bits or activation_bits"
+            )
+        self.model = model
+        self.graph: DependencyGraph = analyze(model, args, kwargs, exact=exact, dynamic_shapes=dynamic_shapes)
+        self._sparsity = sparsity
+        self._multiple_of = multiple_of
+        self._weight_bits = None if weight_bits is None else Bits.of(weight_bits)
+        self._activation_bits = None if activation_bits is None else Bits.of(activation_bits)
+        self._optimizer: QASSO | None = None
+        if quantized:
+            chosen = {} if exclude is None else {"exclude": exclude}
+            quantize(
+                model,
+                weights=self._weight_bits,
+                activations=self._activation_bits,
+                surrogate=surrogate or STE(),
+                granularity=granularity,
+                calibration=calibration,
+                **chosen,  # type: ignore[arg-type]
+            )
+
+    def optimizer(
+        self,
+        optimizer_class: Callable[..., torch.optim.Optimizer],
+        *,
+        total_steps: int | None = None,
+        schedule: Schedule | None = None,
+        compression: Mapping[str, Any] | None = None,
+        **options: Any,
+    ) -> QASSO:
+        """Make the optimizer to train with: `optimizer_class(model.parameters(), **options)`, wrapped in QASSO.
+
+        total_steps: planned optimizer steps; or give a whole `schedule` instead.
+        compression: further settings of `geta.QASSO` by name, e.g. `{"quant_lr": 1e-4, "saliency": ...}`.
+        options:     settings of the base optimizer, e.g. `lr=1e-3`.
+
+        Raises ConfigError when called twice, or when not exactly one of `total_steps` and `schedule` is given.
+        """
+        if self._optimizer is not None:
+            raise ConfigError("this compressor already has its optimizer: make a new Compressor for another run")
+        if (total_steps is None) == (schedule is None):
+            raise ConfigError("give exactly one of total_steps=... (the default schedule of that length) and schedule=geta.Schedule(...)")
+        plan = schedule if schedule is not None else Schedule(total_steps=total_steps or 0)
+        self._optimizer = QASSO(
+            optimizer_class(self.model.parameters(), **options),
+            self.graph,
+            sparsity=self._sparsity,
+            weight_bits=self._weight_bits,
+            activation_bits=self._activation_bits,
+            schedule=plan,
+            multiple_of=self._multiple_of,
+            **(compression or {}),
+        )
+        return self._optimizer
+
+    def finish(self) -> CompactModel:
+        """Build the compact network from the trained model, verified against it.
+
+        Raises ConfigError when there is no optimizer yet or training has not reached the cool-down, the stage in which the
+        removed groups are zero and every bit width is an integer.
+        """
+        if self._optimizer is None:
+            raise ConfigError("nothing was trained: call optimizer(...), train the model with it, then finish()")
+        if self._optimizer.stage != "cool-down":
+            now = self._optimizer.progress()
+            raise ConfigError(
+                f"training stopped in stage '{self._optimizer.stage}' at step {now['step']}: groups and bit widths are final only in the "
+                "cool-down; train on, or plan fewer total_steps"
+            )
+        self._optimizer.check()
+        return compact(self.model, self.graph)

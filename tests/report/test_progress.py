@@ -1,0 +1,58 @@
+"""Progress: plain lines when the output is no terminal, a bar when it is, and a log file that survives an error."""
+
+from __future__ import annotations
+
+import io
+
+import pytest
+from rich.console import Console
+from rich.table import Table
+
+from geta.report.progress import RunLog
+
+
+def plain() -> tuple[Console, io.StringIO]:
+    stream = io.StringIO()
+    return Console(file=stream, width=100, force_terminal=False), stream
+
+
+def test_milestones_are_lines_on_a_plain_output_and_in_the_log(tmp_path):
+    console, stream = plain()
+    with RunLog(tmp_path / "log.txt", console) as log, log.track("dense", 2) as track:
+        track.advance({"loss": "1.0"})
+        track.milestone({"epoch": "1/1", "loss": "0.5"})
+    assert stream.getvalue() == "dense  epoch 1/1  loss 0.5\n"
+    assert (tmp_path / "log.txt").read_text().endswith("  dense  epoch 1/1  loss 0.5\n")
+
+
+def test_a_terminal_shows_a_bar_and_keeps_the_lines_for_the_log(tmp_path):
+    stream = io.StringIO()
+    console = Console(file=stream, width=120, force_terminal=True)
+    with RunLog(tmp_path / "log.txt", console) as log, log.track("dense", 2) as track:
+        track.advance({"loss": "1.0"})
+        track.milestone({"epoch": "1/1"})
+        track.advance({"loss": "0.25"})
+    assert "2/2" in stream.getvalue()
+    assert "loss 0.25" in stream.getvalue()
+    assert "epoch 1/1" not in stream.getvalue()
+    assert "dense  epoch 1/1" in (tmp_path / "log.txt").read_text()
+
+
+def test_the_log_is_on_disk_line_by_line_and_tells_why_the_run_stopped(tmp_path):
+    console, _ = plain()
+    path = tmp_path / "log.txt"
+    with pytest.raises(RuntimeError), RunLog(path, console) as log:
+        log.note("first")
+        assert path.read_text().endswith("  first\n")
+        raise RuntimeError("the loss is nan")
+    assert path.read_text().splitlines()[-1].endswith("stopped: RuntimeError: the loss is nan")
+
+
+def test_tables_go_to_both(tmp_path):
+    console, stream = plain()
+    table = Table("name", "value")
+    table.add_row("accuracy", "99 %")
+    with RunLog(tmp_path / "log.txt", console) as log:
+        log.show(table)
+    assert "99 %" in stream.getvalue()
+    assert "99 %" in (tmp_path / "log.txt").read_text()
