@@ -65,7 +65,8 @@ def test_the_import_check_sees_an_upward_import(tmp_path, monkeypatch):
     (tmp_path / "graph").mkdir()
     bad = tmp_path / "graph" / "bad.py"
     bad.write_text(
-        "import geta\nfrom geta import compact\ndef f():\n    from geta.optim.schedule import Schedule\n    return geta.Bits, geta.__version__\n"
+        "import geta\nfrom geta import compact\ndef f():\n    from geta.optim.schedule import Schedule\n"
+        "    return geta.Bits, geta.__version__\n"
     )
     assert upward_imports(bad) == [
         f"graph/bad.py:{line}" for line in ("2 imports geta.compact", "4 imports geta.optim", "5 imports geta.Bits")

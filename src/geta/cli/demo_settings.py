@@ -36,7 +36,7 @@ class DemoSettings(BaseModel):
     learning_rate: float = Field(default=0.1, gt=0.0)
     momentum: float = Field(default=0.9, ge=0.0, lt=1.0)
     weight_decay: float = Field(default=5e-4, ge=0.0)
-    saliency: dict[str, float] = {"taylor_first": 1.0, "average_magnitude": 0.2}  # noqa: RUF012 - pydantic copies it
+    saliency: dict[str, float] = {"taylor_first": 1.0, "average_magnitude": 0.2}
     quantizer_learning_rate: float = Field(default=1e-4, ge=0.0)
 
     @classmethod
