@@ -10,7 +10,6 @@ SPEC := pyproject.toml constraints.txt
 PIP := PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip install --quiet
 WORKERS ?= 2
 DEMO_ARGS ?=
-export OMP_NUM_THREADS ?= 2
 
 .PHONY: help demo test check format bench fuzz clean
 

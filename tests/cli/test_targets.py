@@ -133,3 +133,8 @@ def test_shapes():
 def test_the_random_input_is_the_same_each_time(factories):
     first, second = (resolve_target(f"{factories}:model", (4, 3)).args[0] for _ in range(2))
     assert torch.equal(first, second)
+
+
+def test_a_factory_that_fails_is_named():
+    with pytest.raises(BadModelError, match=r"calling Linear\(\) failed with TypeError"):
+        resolve_target("torch.nn:Linear", (1, 3))

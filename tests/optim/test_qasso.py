@@ -445,3 +445,37 @@ def test_steps_inside_a_period_never_wait_for_the_device(forgetting):
         else:
             optimizer.step()
     assert set(checked) == {"warm-up", "projection", "joint", "cool-down"}
+
+
+@pytest.mark.parametrize("granularity", ["tensor", "channel"])
+@pytest.mark.parametrize("nonlinear", [False, True])
+def test_tightening_keeps_bits_and_clips_nothing(granularity, nonlinear):
+    model = quantized(granularity=granularity, nonlinear=nonlinear)
+    schedule = Schedule(STEPS, warmup=1, projection=4, joint=8, projection_periods=1, joint_periods=2)
+    optimizer = QASSO(torch.optim.SGD(model.parameters(), lr=0.0), Graph(model), schedule=schedule, quant_lr=0.0)
+    train(model, optimizer, batches(1))
+    weights = {name: q for name, q in quantizers(model).items() if q.kind == "weight"}
+    with torch.no_grad():
+        for quantizer in weights.values():
+            ratio = quantizer.bit_width()
+            quantizer.q_m.mul_(5.0)
+            quantizer.d.mul_(5.0 ** float(quantizer.t.mean()))
+            assert torch.allclose(quantizer.bit_width(), ratio, atol=1e-4)
+    before = {name: q.bit_width().clone() for name, q in weights.items()}
+    with torch.no_grad():
+        optimizer._bank.tighten_(optimizer._tightened)
+    for name, quantizer in weights.items():
+        tensor = model.get_submodule(name.rpartition(".")[0]).parametrizations.weight.original.detach()
+        limit = tensor.abs().amax() if granularity == "tensor" else tensor.abs().flatten(1).amax(1)
+        assert torch.allclose(quantizer.q_m.detach().flatten(), limit.flatten())
+        assert torch.allclose(quantizer.bit_width(), before[name], atol=1e-3)
+
+
+def test_tightening_can_be_switched_off():
+    model = quantized()
+    optimizer = QASSO(
+        torch.optim.SGD(model.parameters(), lr=0.1, weight_decay=0.5), Graph(model), schedule=SCHEDULE, quant_lr=0.0, tighten=False
+    )
+    before = {name: q.q_m.clone() for name, q in quantizers(model).items()}
+    train(model, optimizer, batches())
+    assert all(torch.equal(q.q_m, before[name]) for name, q in quantizers(model).items())

@@ -32,7 +32,7 @@ def demo_command(
 
     from geta.cli.demo_data import load_digits
     from geta.cli.demo_result import measure, result_table
-    from geta.cli.demo_run import train_both
+    from geta.cli.demo_run import one_thread, train_both
     from geta.report.curves import save_curves
     from geta.report.files import prepare_folder, write_json
     from geta.report.progress import RunLog
@@ -41,7 +41,7 @@ def demo_command(
     refuse_foreign_folder(settings.out / "compact")
     digits = load_digits()
     start = time.monotonic()
-    with RunLog(settings.out / "log.txt") as log:
+    with one_thread(), RunLog(settings.out / "log.txt") as log:
         log.note(f"settings: {settings.model_dump_json()}", quiet=True)
         trained = train_both(settings, digits, log)
         record = measure(trained, settings, digits, time.monotonic() - start)

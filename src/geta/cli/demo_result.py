@@ -107,8 +107,8 @@ def result_table(record: Mapping[str, Any]) -> Table:
         table.add_row("weight bits", "32", f"{min(widths)} to {max(widths)}", f"mean {sum(widths) / len(widths):.2f}")
     table.add_row("max |zeroed - compact|", "", f"{record['max_rel_difference']:.1e}", "relative, float64")
     table.caption = (
-        "Latency is that of PyTorch on this CPU, which has no kernels for such integer networks: the compact one computes in floats "
-        "and emulates every quantizer."
+        "Latency is that of PyTorch in one thread of this CPU. It has no kernels for such integer networks: the compact one computes "
+        "in floats and emulates every quantizer."
     )
     table.caption_justify = "left"
     return table

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 
@@ -99,6 +100,20 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, digits: Digits, se
         track.advance(describe(epochs[-1], settings.epochs) if epochs else {"loss": f"{loss.detach():.3f}"})
     model.eval()
     return epochs
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Compute in one thread for the time of the block, so that equal settings give equal numbers on any number of cores.
+
+    Images this small gain next to nothing from more threads, and lose much when the cores are busy otherwise.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def example_input(digits: Digits) -> tuple[torch.Tensor]:

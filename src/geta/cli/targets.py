@@ -65,7 +65,14 @@ def _from_factory(module_name: str, factory_name: str, input_shape: tuple[int, .
     factory: Callable[[], Any] | None = getattr(module, factory_name, None)
     if not callable(factory):
         raise ConfigError(f"TARGET '{target}': the module '{module_name}' has no function or class '{factory_name}'")
-    return _as_target(factory(), target, input_shape)
+    try:
+        made = factory()
+    except Exception as error:
+        raise BadModelError(
+            f"TARGET '{target}': calling {factory_name}() failed with {type(error).__name__}: {error}; "
+            "a factory takes no arguments and returns the model, or (model, args), or (model, args, kwargs)"
+        ) from error
+    return _as_target(made, target, input_shape)
 
 
 def _as_target(found: object, target: str, input_shape: tuple[int, ...] | None) -> Target:

@@ -9,7 +9,7 @@ Legend: `L` quantizers (layers), `E` scalars of one parameter over all of them (
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -68,6 +68,20 @@ class QuantizerBank:
         if self._free_t:
             torch._foreach_clamp_min_(self._free_t, T_DOMAIN[0])
             torch._foreach_clamp_max_(self._free_t, T_DOMAIN[1])
+
+    def tighten_(self, weights: Mapping[int, Tensor]) -> None:
+        """Shrink each range to the largest magnitude it holds, at the same bit width: q_m <- min(q_m, max|x|), d alike.
+
+        weights: position of a quantizer -> the tensor it quantizes. c(x) doesn't change, since nothing was clipped above max|x|.
+        """
+        for layer, tensor in weights.items():
+            quantizer = self.quantizers[layer]
+            q_m, d = quantizer.q_m, quantizer.d
+            shared = [dim for dim in range(tensor.dim()) if q_m.dim() == 0 or q_m.shape[dim] == 1]
+            largest = tensor.detach().abs().amax(dim=shared, keepdim=True).reshape(q_m.shape).to(q_m.dtype)
+            smaller = torch.where(largest > 0, torch.minimum(q_m, largest), q_m).clamp_min(Q_M_DOMAIN[0])
+            d.mul_((smaller / q_m).pow(quantizer.t))
+            q_m.copy_(smaller)
 
     def step_size_of(self, bits_L: Tensor, now: Steps) -> Tensor:
         """d(b) for one bit width per quantizer: [L] -> [E]."""

@@ -52,13 +52,16 @@ class QASSO(WrappingOptimizer):
     saliency:        see `geta.optim.saliency.Saliency`.
     quant_lr:        learning rate of d, q_m and t (their group's `lr`, weight decay 0).
     forgetting:      "descent" (as published), "uniform", "cosine" or "blend", see `geta.optim.forget`.
+    tighten:         at every period's start (and the cool-down's) set q_m of each weight to min(q_m, max|w|) at the same bit width.
+                     The loss has no gradient to a range that nothing reaches, so without it weight decay leaves codes unused.
 
     Raises ConfigError for impossible settings. Source: GETA (arXiv 2502.16638) section 5.
+    Deviation: ranges are tightened (see `tighten`).
     Deviation: bit widths lie in [b_l, schedule.initial_bits] during warm-up as well, because a step size outside makes a layer's
     output zero; a frozen parameter of a redundant group is forgotten with delta = 0.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - the fixed public interface, keywords only
         self,
         base: Optimizer,
         graph: Graph,
@@ -71,6 +74,7 @@ class QASSO(WrappingOptimizer):
         saliency: SaliencySpec = None,
         quant_lr: float = 1e-3,
         forgetting: Forgetting = "blend",
+        tighten: bool = True,
     ) -> None:
         check_share(sparsity, quant_lr)
         self.schedule = as_schedule(schedule)
@@ -95,6 +99,7 @@ class QASSO(WrappingOptimizer):
             quantizer.bits = bounds[quantizer.kind] or quantizer.bits
         self._graph, self._rule = graph, rule
         self._bank = QuantizerBank(found)
+        self._tightened = {i: find_tensor(graph.model, q.name) for i, q in enumerate(found) if q.kind == "weight"} if tighten else {}
         layers = {id(find_tensor(graph.model, q.name)): i for i, q in enumerate(found) if q.kind == "weight"}
         self._pruner = Pruner(self._index, selector, saliency=criteria, bank=self._bank, layers=layers, forgetting=rule)
         self._prunes = selector.target > 0
@@ -117,6 +122,8 @@ class QASSO(WrappingOptimizer):
         stage = self.schedule.stage_at(self._step)
         if self.schedule.is_period_start(self._step):
             self._check_finite()
+            with torch.no_grad():
+                self._bank.tighten_(self._tightened)
         joint = stage == "joint" and self._prunes
         marking = joint and self.schedule.joint_at(self._step).k == 0
         before = self._pruner.snapshot(everything=marking) if joint else {}
@@ -279,6 +286,7 @@ class QASSO(WrappingOptimizer):
             "target_groups": self.target_groups,
             "multiple_of": self._pruner.selector.multiple_of,
             "forgetting": self._rule,
+            "tighten": bool(self._tightened),
             "bits": {q.name: [q.bits.lower, q.bits.upper] for q in self._bank.quantizers},
         }
 
