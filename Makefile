@@ -37,7 +37,7 @@ demo: .venv/.stamp-demo  ## train a dense and a self-compressing network on real
 
 test: export OMP_NUM_THREADS = 1
 test: .venv/.stamp-dev  ## run all tests
-	$(BIN)/python -m pytest -n $(WORKERS) -q
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -q
 
 check: .venv/.stamp-dev  ## formatting, lint, types, tests
 	$(BIN)/ruff format --check .
