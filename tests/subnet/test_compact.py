@@ -269,6 +269,7 @@ def test_without_gradients_the_same_values_come_out_and_follow_changes() -> None
     assert torch.equal(small(X).detach(), lean) and torch.equal(again, lean)
     with torch.no_grad():
         small.net.get_buffer("head.weight_scale").mul_(2.0)
+        small.net.get_parameter("head.input_quantizer.d").mul_(1.5)
         changed = small(X)
     assert not torch.equal(changed, lean) and torch.equal(small(X).detach(), changed)
     with torch.inference_mode():

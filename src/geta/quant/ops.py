@@ -34,8 +34,8 @@ LARGEST_CODE = 2.0**23
 _NAMESPACE = "geta"
 
 
-class _Parameters(NamedTuple):
-    """The quantizer's parameters in the computing type and inside their domain; `top` = q_m^t."""
+class Parameters(NamedTuple):
+    """A quantizer's parameters in the computing type and inside their domain; `top` = q_m^t."""
 
     d: Tensor
     q_m: Tensor
@@ -47,12 +47,12 @@ def _computing_dtype(*tensors: Tensor) -> torch.dtype:
     return torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
 
 
-def _into_domain(d: Tensor, q_m: Tensor, t: Tensor, *, linear: bool, dtype: torch.dtype) -> _Parameters:
+def _into_domain(d: Tensor, q_m: Tensor, t: Tensor, *, linear: bool, dtype: torch.dtype) -> Parameters:
     q_m = q_m.to(dtype).clamp(*Q_M_DOMAIN)
     t = t.to(dtype).clamp(*T_DOMAIN)
     top = q_m if linear else q_m.pow(t)
     d = torch.maximum(d.to(dtype).clamp(*D_DOMAIN), top / LARGEST_CODE)
-    return _Parameters(d, q_m, t, top)
+    return Parameters(d, q_m, t, top)
 
 
 def _clip(x: Tensor, q_m: Tensor, *, signed: bool) -> Tensor:
@@ -64,7 +64,7 @@ def _shape(clipped: Tensor, t: Tensor, *, linear: bool) -> Tensor:
     return clipped if linear else clipped.abs().pow_(t).copysign_(clipped)
 
 
-def _rounded(x: Tensor, parameters: _Parameters, *, signed: bool, linear: bool) -> Tensor:
+def _rounded(x: Tensor, parameters: Parameters, *, signed: bool, linear: bool) -> Tensor:
     """round(u), in the computing type."""
     clipped = _clip(x.to(parameters.d.dtype), parameters.q_m, signed=signed)
     return _shape(clipped, parameters.t, linear=linear).div_(parameters.d).round_()
@@ -85,7 +85,16 @@ def _check_floating(x: Tensor) -> None:
 def fake_quantize_values(x: Tensor, d: Tensor, q_m: Tensor, t: Tensor, signed: bool, linear: bool, surrogate: Sequence[float]) -> Tensor:
     """The kernel of `fake_quantize` as a plain function, for callers that need no gradient and no tracing."""
     _check_floating(x)
-    parameters = _into_domain(d, q_m, t, linear=linear, dtype=_computing_dtype(x, d, q_m, t))
+    return quantized_values(x, prepared(x, d, q_m, t, linear), signed, linear)
+
+
+def prepared(x: Tensor, d: Tensor, q_m: Tensor, t: Tensor, linear: bool) -> Parameters:
+    """What `quantized_values` needs of a quantizer for tensors of x's dtype; may be kept as long as d, q_m and t don't change."""
+    return _into_domain(d, q_m, t, linear=linear, dtype=_computing_dtype(x, d, q_m, t))
+
+
+def quantized_values(x: Tensor, parameters: Parameters, signed: bool, linear: bool) -> Tensor:
+    """x_Q = d * round(c(x) / d) with prepared parameters."""
     return _multiply_into(torch.empty_like(x), _rounded(x, parameters, signed=signed, linear=linear), parameters.d)
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from geta.quant.ops import dequantize_values, fake_quantize_values
+from geta.quant.ops import Parameters, dequantize_values, prepared, quantized_values
 
 
 def lean(graph: fx.Graph) -> fx.Graph:
@@ -22,22 +23,54 @@ def lean(graph: fx.Graph) -> fx.Graph:
     for node in graph.nodes:
         mapping[node] = copied.node_copy(node, lambda n: mapping[n])
         if node.target is torch.ops.geta.fake_quantize.default:
-            mapping[node].target = fake_quantize_values
+            mapping[node].target = _remembering_parameters()
         elif node.target is torch.ops.geta.dequantize.default:
-            mapping[node].target = _remembering()
+            mapping[node].target = _remembering_weights()
     return copied
 
 
-def _remembering() -> Callable[..., Any]:
-    """dequantize that remembers its last result for as long as the very same tensors come in unchanged."""
-    last: tuple[Tensor, Tensor, int, int, Tensor] | None = None
+class _Unchanged:
+    """Tells whether the very same tensors come in again, not written to since (tensors of inference mode don't tell)."""
+
+    def __init__(self) -> None:
+        self._seen: tuple[Tensor, ...] = ()
+        self._versions: tuple[int, ...] = ()
+
+    def __call__(self, *tensors: Tensor) -> bool:
+        if any(tensor.is_inference() for tensor in tensors):
+            self._seen = ()
+            return False
+        versions = tuple(tensor._version for tensor in tensors)
+        same = len(self._seen) == len(tensors) and all(map(operator.is_, self._seen, tensors)) and versions == self._versions
+        self._seen, self._versions = tensors, versions
+        return same
+
+
+def _remembering_weights() -> Callable[..., Any]:
+    """dequantize that remembers its last result."""
+    unchanged = _Unchanged()
+    value: Tensor | None = None
 
     def dequantize_once(codes: Tensor, scale: Tensor, bits: int) -> Tensor:
-        nonlocal last
-        if codes.is_inference() or scale.is_inference():  # such tensors don't say when they change
-            return dequantize_values(codes, scale, bits)
-        if last is None or last[0] is not codes or last[1] is not scale or (last[2], last[3]) != (codes._version, scale._version):
-            last = (codes, scale, codes._version, scale._version, dequantize_values(codes, scale, bits))
-        return last[4]
+        nonlocal value
+        if not unchanged(codes, scale) or value is None:
+            value = dequantize_values(codes, scale, bits)
+        return value
 
     return dequantize_once
+
+
+def _remembering_parameters() -> Callable[..., Any]:
+    """fake_quantize that remembers the parameters' admissible values."""
+    unchanged = _Unchanged()
+    ready: Parameters | None = None
+    dtype: torch.dtype | None = None
+
+    def fake_quantize_lean(x: Tensor, d: Tensor, q_m: Tensor, t: Tensor, *settings: Any) -> Tensor:
+        nonlocal ready, dtype
+        signed, linear, _surrogate = settings
+        if not unchanged(d, q_m, t) or ready is None or x.dtype != dtype:
+            ready, dtype = prepared(x, d, q_m, t, linear), x.dtype
+        return quantized_values(x, ready, signed, linear)
+
+    return fake_quantize_lean
