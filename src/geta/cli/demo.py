@@ -48,6 +48,8 @@ def demo_command(
         save_curves(settings.out / "curves.png", {"dense": trained.dense_epochs, "compact": trained.compact_epochs})
         write_json(settings.out / "result.json", record)
         log.show(result_table(record))
+        for note in trained.notes:
+            log.note(f"note: {note}")
         log.note(f"{record['seconds']:.0f} seconds; files in {settings.out}: compact/, result.json, curves.png, log.txt")
 
 

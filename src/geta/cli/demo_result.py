@@ -45,6 +45,7 @@ def measure(trained: Trained, settings: DemoSettings, digits: Digits, seconds: f
         "relative": compact_cost.relative_to(dense_cost)
         | {"weights_to_dense_state_dict": compact_cost.weight_bytes / dense_bytes, "folder_to_dense_state_dict": disk_bytes / dense_bytes},
         "groups": {name: trained.progress[name] for name in ("groups", "target_groups", "pruned_groups")},
+        "notes": trained.notes,
         "bits": dict(compact.bits),
         "kept": {family: len(indices) for family, indices in compact.kept.items()},
         "latency_ms": {str(batch): _latency(trained, digits.test_images[:batch]) for batch in _LATENCY_BATCHES},

@@ -27,12 +27,16 @@ _CALIBRATION_BATCHES = 8
 
 @dataclass(frozen=True)
 class Trained:
-    """What the two runs leave behind; `zeroed` is the network as trained: full size, with its removed groups all zero."""
+    """What the two runs leave behind.
+
+    zeroed: the network as trained, full size, its removed groups all zero. notes: what was not reached and why, in words.
+    """
 
     dense: ResNet
     zeroed: nn.Module
     compact: CompactModel
     progress: dict[str, object]
+    notes: list[str]
     dense_epochs: list[Epoch]
     compact_epochs: list[Epoch]
 
@@ -73,7 +77,8 @@ def train_both(settings: DemoSettings, digits: Digits, log: RunLog) -> Trained:
     optimizer.check()
     compact = geta.compact(model, graph)
     compact.save(settings.out / "compact")
-    return Trained(dense, model, compact, optimizer.progress(), dense_epochs, compact_epochs)
+    notes = [*optimizer.notes, *compact.info.notes]
+    return Trained(dense, model, compact, optimizer.progress(), notes, dense_epochs, compact_epochs)
 
 
 def train(model: nn.Module, optimizer: torch.optim.Optimizer, digits: Digits, settings: DemoSettings, track: Track) -> list[Epoch]:
