@@ -63,6 +63,18 @@ def test_zeroed_equals_compact(shard: int) -> None:
     assert sum(count > 0 for count in removed) > 0.6 * len(removed), "most networks must have something to remove"
 
 
+def test_two_tracks_along_one_axis_are_both_kept() -> None:
+    """Found by fuzzing: one of two tracks along the channels was dropped, and with it the cut of a transposed convolution."""
+    blocks = [
+        ["TransposedConv", {"out": 6, "stride": 1, "groups": 3, "bias": False}],
+        ["TransposedConv", {"out": 8, "stride": 1, "groups": 2, "bias": True}],
+        ["PReLU", {"shared": False}],
+        ["Project", {"out": 3, "bias": True}],
+    ]
+    spec = {"dtype": "float64", "seed": 57, "input": ["image", 3, 5, 5], "vocabulary": 11, "tap": None, "blocks": blocks}
+    assert check(spec, 0.5) > 0
+
+
 def test_the_comparison_can_fail() -> None:
     """A wrong cut is noticed: remove one group and zero another."""
     model = torch.nn.Sequential(torch.nn.Linear(4, 6), torch.nn.Tanh(), torch.nn.Linear(6, 3))

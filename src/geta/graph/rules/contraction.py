@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from geta.graph.context import INTERNAL, Context, Place, narrow_dims
-from geta.graph.labels import Track, Value, compress, make_value, never_zero, squeezed, varying
+from geta.graph.labels import Track, Value, compress, make_value, never_zero, squeezed
 from geta.graph.rules.elementwise import pointwise
 from geta.graph.rules.registry import rule
 
@@ -32,10 +32,10 @@ def contract(ctx: Context, left: Place, right: Place, out: Sequence[int], shape:
         for track in reader.value.tracks:
             if any(reader.letters[dim] in out for dim in track.dims):
                 ctx.ledger.producers |= track.origins
-    tracks: dict[tuple[int, ...], Track] = {}
+    tracks: list[Track] = []
     for place in (left, right):
-        for track in place.value.tracks:
-            _keep(tracks, Track(_result(ctx, track, place, out, rank).expand(tuple(shape)), track.origins))
+        laid = [Track(compress(_result(ctx, track, place, out, rank).expand(tuple(shape))), track.origins) for track in place.value.tracks]
+        tracks = _joined(tracks, [track for track in laid if track.dims])
     return make_value(shape, _without_subsets(tracks, [place for place, letter in enumerate(out) if letter in batch]), derived)
 
 
@@ -77,28 +77,28 @@ def _result(ctx: Context, track: Track, place: Place, out: Sequence[int], rank: 
     return code.permute([*out, *rest]).reshape([code.shape[letter] for letter in out])
 
 
-def _keep(tracks: dict[tuple[int, ...], Track], track: Track) -> None:
-    """Two tracks along the same axes are aligned, so one speaks for both; a product is zero where either factor is."""
-    code = compress(track.code)
-    dims = varying(code)
-    if not dims:
-        return
-    if dims in tracks:
-        other = tracks[dims]
-        merged = squeezed(other.code) | (squeezed(code) & 1)
-        tracks[dims] = Track(merged.expand(code.shape), other.origins | track.origins)
-    else:
-        tracks[dims] = Track(code, track.origins)
+def _joined(left: list[Track], right: list[Track]) -> list[Track]:
+    """Tracks of both sides along the same axes are aligned, so the left ones speak for both; a product is zero where either factor is."""
+    joined = list(left)
+    for track in right:
+        same = [place for place, other in enumerate(left) if other.dims == track.dims]
+        for place in same:
+            joined[place] = Track(squeezed_or(joined[place].code, track.code), joined[place].origins | track.origins)
+        if not same:
+            joined.append(track)
+    return joined
 
 
-def _without_subsets(tracks: dict[tuple[int, ...], Track], batch: Sequence[int]) -> list[Track]:
+def _without_subsets(tracks: list[Track], batch: Sequence[int]) -> list[Track]:
     """A track along batch axes alone is spoken for by one that also varies along an axis of its own (a head's channels)."""
-    kept = dict(tracks)
-    for dims in sorted(tracks, key=len):
-        wider = next((other for other in kept if set(dims) < set(other) and set(dims) <= set(batch)), None)
-        if wider is not None:
-            kept[wider] = Track(squeezed_or(kept[wider].code, kept.pop(dims).code), kept[wider].origins)
-    return list(kept.values())
+    kept = sorted(tracks, key=lambda track: len(track.dims))
+    for track in list(kept):
+        wider = [place for place, other in enumerate(kept) if set(track.dims) < set(other.dims) and set(track.dims) <= set(batch)]
+        for place in wider:
+            kept[place] = Track(squeezed_or(kept[place].code, track.code), kept[place].origins)
+        if wider:
+            kept = [other for other in kept if other is not track]
+    return kept
 
 
 def squeezed_or(code: torch.Tensor, zero_of: torch.Tensor) -> torch.Tensor:

@@ -164,22 +164,19 @@ def _join(ctx: Context, operands: Sequence[Value], dim: int) -> Value:
 
 
 def _shared(operands: Sequence[Value], dim: int, shape: tuple[int, ...]) -> list[Track]:
-    """Tracks along the other dimensions: the first operand's labels; zero where every operand is."""
-    first: dict[tuple[int, ...], Track] = {}
-    for value in operands:
-        for track in value.tracks:
-            if dim not in track.dims:
-                first.setdefault(track.dims, track)
+    """Tracks along the other dimensions: labels of the operand that has most; zero where every operand is."""
+    sides = [[track for track in value.tracks if dim not in track.dims] for value in operands]
     found = []
-    for dims, track in first.items():
+    for dims in dict.fromkeys(track.dims for side in sides for track in side):
+        same = [[track for track in side if track.dims == dims] for side in sides]
         bit = torch.ones(1, dtype=torch.int64)
-        origins = track.origins
-        for value in operands:
-            same = [other for other in value.tracks if other.dims == dims]
-            bit = bit & (squeezed(same[0].code.narrow(dim, 0, 1)) & 1) if same else bit & 0
-            origins |= same[0].origins if same else frozenset()
-        code = squeezed(track.code.narrow(dim, 0, 1))
-        found.append(Track(((code >> 1 << 1) | bit).expand(shape), origins))
+        for side in same:
+            for one in [squeezed(track.code.narrow(dim, 0, 1)) & 1 for track in side] or [bit & 0]:
+                bit = bit & one
+        origins = frozenset(owner for side in same for track in side for owner in track.origins)
+        for track in max(same, key=len):
+            code = squeezed(track.code.narrow(dim, 0, 1))
+            found.append(Track((code.bitwise_and(-2) | bit).expand(shape), origins))
     return found
 
 

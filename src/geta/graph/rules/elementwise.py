@@ -45,10 +45,14 @@ def _merged(operands: Sequence[Value], by: Sequence[Value], out: tuple[int, ...]
     for dims in maximal:
         mine = [[(code, origin) for code, origin in tracks if varying(code) == dims] for tracks in laid]
         none = torch.zeros(1, dtype=torch.int64).expand(out)
-        bits = [same[0][0] & 1 if same else none for same, judge in zip(mine, judges, strict=True) if judge]
-        labels = next(code >> 1 for same in mine for code, _ in same)
+        bits = [combine([code & 1 for code, _ in same], "and") if same else none for same in mine]
         origins = frozenset(owner for same in mine for _, origin in same for owner in origin)
-        merged.append(Track(squeezed_shift(compress(labels)) | combine(bits, law), origins))
+        # Several tracks of one operand may run along the same axes; those of the operand that has most speak for all.
+        speaker = max(range(len(mine)), key=lambda number: len(mine[number]))
+        for code, _ in mine[speaker]:
+            own = [code & 1 if number == speaker else bit for number, bit in enumerate(bits)]
+            zero = combine([bit for bit, judge in zip(own, judges, strict=True) if judge], law)
+            merged.append(Track(never_zero(compress(code)) | zero, origins))
     return merged
 
 
