@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from geta.graph.labels import LabelSpace, Owner, Track, Value, compress, make_value, squeezed, varying
+from geta.graph.labels import LabelSpace, Track, Value, compress, make_value, squeezed
 from geta.graph.solver import Aligned, Constraints, Freeze
 
 INTERNAL = "internal: "
@@ -134,27 +134,16 @@ def expand_to(code: torch.Tensor, shape: Sequence[int], new_shape: Sequence[int]
     return code.reshape((1,) * lead + tuple(code.shape)).expand(tuple(new_shape)) if lead else code.expand(tuple(new_shape))
 
 
-def narrow_dims(code: torch.Tensor, dims: Sequence[int], *, zero: str = "all") -> torch.Tensor:
+def narrow_dims(code: torch.Tensor, dims: Sequence[int]) -> torch.Tensor:
     """Index 0 along `dims` (kept as size 1); the zero bit is the conjunction over what is left out."""
     first = code
-    for dim in sorted(dims, reverse=True):
+    for dim in dims:
         first = first.narrow(dim, 0, 1)
-    if zero == "all":
-        small = squeezed(code)
-        bit = (small & 1).bool()
-        for dim in dims:
-            if bit.shape[dim] > 1:
-                bit = bit.all(dim, keepdim=True)
-        return (first >> 1 << 1) | bit.to(torch.int64).expand(first.shape)
-    return first
-
-
-def varies_along(value: Value, dim: int) -> bool:
-    return any(dim in varying(track.code) for track in value.tracks)
-
-
-def owners_named(space: LabelSpace, origins: frozenset[int]) -> list[Owner]:
-    return [space.owners[number] for number in sorted(origins)]
+    bit = (squeezed(code) & 1).bool()
+    for dim in dims:
+        if bit.shape[dim] > 1:
+            bit = bit.all(dim, keepdim=True)
+    return (first >> 1 << 1) | bit.to(torch.int64).expand(first.shape)
 
 
 Rule = Callable[[Context], Any]

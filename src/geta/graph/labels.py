@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-import numpy as np
 import torch
 
 FIXED = 0
@@ -42,11 +41,6 @@ class LabelSpace:
         self.owners.append(Owner(tensor, node, dim, start, size))
         self.size += size
         return torch.arange(start, start + size, device="cpu"), len(self.owners) - 1
-
-    def owner_of(self, labels: np.ndarray) -> np.ndarray:
-        """Owner number of each label (labels >= 1)."""
-        starts = np.array([owner.start for owner in self.owners], dtype=np.int64)
-        return np.searchsorted(starts, labels, side="right") - 1
 
 
 @dataclass(frozen=True)

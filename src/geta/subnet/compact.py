@@ -28,7 +28,7 @@ from geta.subnet.rewrite import Kept, KeptIndices, rewrite
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
 """Relative difference between zeroed and compact model above which `compact` refuses: far above rounding, far below a wrong cut."""
 CAPTURE_TOLERANCE = 1e-2
-"""The same between the user's model and its captured graph in the model's own precision, where one flipped rounding step may show."""
+"""The same between a quantized or half-precision model and its captured graph, where one flipped rounding step may show."""
 
 
 @dataclass(frozen=True)
@@ -240,7 +240,10 @@ def _verified(model: nn.Module, graph: DependencyGraph, small: CompactModel, unc
         own = pytree.tree_leaves(model(*args, **kwargs))
     _, captured_gap = max_difference(own, outputs(uncut, args, kwargs, double=False))
     _, gap = max_difference(*[outputs(one, args, kwargs, double=wide) for one in (uncut, small)])
-    for difference, limit, what in ((gap, TOLERANCE[dtype], "compact"), (captured_gap, CAPTURE_TOLERANCE, "captured")):
+    for difference, limit, what in (
+        (gap, TOLERANCE[dtype], "compact"),
+        (captured_gap, CAPTURE_TOLERANCE if wide else TOLERANCE[torch.float32], "captured"),
+    ):
         if not difference <= limit:
             raise BadModelError(
                 f"the {what} model differs from the zeroed one by {difference:.3g} of the largest output; nothing was changed. "

@@ -132,7 +132,7 @@ def rewrite(analysis: Analysis, mapping: Mapping[fx.Node, fx.Node], kept: KeptIn
             continue
         name = operator_name(node.target)
         rewriter = _REWRITERS.get(name) or _REWRITERS.get(name.removesuffix("_"))
-        if rewriter is None or isinstance(new.target, type(None)):
+        if rewriter is None:
             continue
         touched = any(kept.of(source) for source in node.all_input_nodes) or kept.of(node)
         if touched:

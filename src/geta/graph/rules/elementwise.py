@@ -56,11 +56,6 @@ def _merged(operands: Sequence[Value], by: Sequence[Value], out: tuple[int, ...]
     return merged
 
 
-def squeezed_shift(labels: torch.Tensor) -> torch.Tensor:
-    """2 * labels without writing out expanded dimensions."""
-    return (squeezed(labels) << 1).expand(labels.shape)
-
-
 def combine(bits: Sequence[torch.Tensor], law: ZeroLaw) -> torch.Tensor:
     """The zero bit of a result from its operands' bits (int64 0 / 1)."""
     shape = bits[0].shape
