@@ -7,8 +7,10 @@ batch dimension is left symbolic when the model allows it, so that whatever is b
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +22,8 @@ from torch.export.graph_signature import InputKind
 from geta.errors import BadModelError
 from geta.graph.names import canonical_name
 
+# Whole folders, not parts of paths: a user's own project may well lie in a folder called "torch" or "geta".
+_NOT_THE_USERS = (str(Path(torch.__file__).parent) + os.sep, str(Path(__file__).parents[1]) + os.sep, "<")
 _CHECK_OPS = ("_assert_tensor_metadata", "_assert_async", "_assert_scalar", "sym_constrain_range", "sym_constrain_range_for_size")
 
 
@@ -180,7 +184,7 @@ def _user_line(error: BaseException) -> str:
     frame = error.__traceback__
     while frame is not None:
         code = frame.tb_frame.f_code
-        if "/torch/" not in code.co_filename and "/geta/" not in code.co_filename and not code.co_filename.startswith("<"):
+        if not code.co_filename.startswith(_NOT_THE_USERS):
             found = f" (at {code.co_filename}:{frame.tb_lineno} in {code.co_name})"
         frame = frame.tb_next
     return found

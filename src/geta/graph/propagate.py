@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -20,32 +21,42 @@ from geta.graph.solver import Constraints, Freeze
 
 @dataclass(frozen=True)
 class Propagation:
-    """Labels of every tensor of the graph and what was learnt about them. `values[node]` is a Value, a list of them, or a number."""
+    """Labels of every tensor of the graph and what was learnt about them.
+
+    values: `values[node]` is a Value, a list of them, or a number.
+    learnt: node -> `Constraints.counts()` when it had been run.
+    """
 
     capture: Capture
     space: LabelSpace
     constraints: Constraints
     ledger: Ledger
     values: Mapping[fx.Node, Any]
+    learnt: Mapping[fx.Node, tuple[int, int, int]]
 
 
-def propagate(capture: Capture, same_tensor: Callable[[str], str]) -> Propagation:
+def propagate(capture: Capture, same_tensor: Callable[[str], str], granularity: Callable[[str], str] = lambda _path: "") -> Propagation:
     """Propagate labels through a capture. `same_tensor` maps the names of a tied tensor to one of them.
 
+    granularity: module path -> what one group is to be there, "" = the operator's own choice; see `limits.Limits`.
     The analysis runs on the CPU whatever the default device is: labels are data, not part of the model.
     """
-    with torch.device("cpu"), torch.no_grad():
-        return _Interpreter(capture, same_tensor).run()
+    # The device context sees every call into torch, so it is entered only where it changes something.
+    pinned = contextlib.nullcontext() if torch.get_default_device().type == "cpu" else torch.device("cpu")
+    with pinned, torch.no_grad():
+        return _Interpreter(capture, same_tensor, granularity).run()
 
 
 class _Interpreter:
-    def __init__(self, capture: Capture, same_tensor: Callable[[str], str]) -> None:
+    def __init__(self, capture: Capture, same_tensor: Callable[[str], str], granularity: Callable[[str], str]) -> None:
         self._capture = capture
         self._same = same_tensor
+        self._granularity = granularity
         self._space = LabelSpace()
         self._constraints = Constraints()
         self._ledger = Ledger()
         self._values: dict[fx.Node, Any] = {}
+        self._learnt: dict[fx.Node, tuple[int, int, int]] = {}
         self._tied: dict[str, Value] = {}
         self._storage: dict[fx.Node, fx.Node] = {}
 
@@ -58,8 +69,9 @@ class _Interpreter:
                 self._note_aliases(node)
             elif node.op == "output":
                 self._output(node)
+            self._learnt[node] = self._constraints.counts()
         self._collect_ragged()
-        return Propagation(self._capture, self._space, self._constraints, self._ledger, self._values)
+        return Propagation(self._capture, self._space, self._constraints, self._ledger, self._values, self._learnt)
 
     def _placeholder(self, node: fx.Node) -> Any:
         fake = node.meta.get("val")
@@ -96,7 +108,9 @@ class _Interpreter:
         found = find_rule(node.target)
         result: Any = NotImplemented
         if found is not None and (labelled or not inputs or found.__module__.endswith("factories")):
-            context = Context(node, arguments, self._capture.module_path(node), self._space, (self._constraints, self._ledger))
+            path = self._capture.module_path(node)
+            shared = (self._constraints, self._ledger)
+            context = Context(node, arguments, path, self._space, shared, granularity=self._granularity(path))
             result = found(context)
         if result is NotImplemented:
             if labelled:

@@ -45,15 +45,20 @@ def _merged(operands: Sequence[Value], by: Sequence[Value], out: tuple[int, ...]
     for dims in maximal:
         mine = [[(code, origin) for code, origin in tracks if varying(code) == dims] for tracks in laid]
         none = torch.zeros(1, dtype=torch.int64).expand(out)
-        bits = [combine([code & 1 for code, _ in same], "and") if same else none for same in mine]
+        bits = [combine([zero_bit(code) for code, _ in same], "and") if same else none for same in mine]
         origins = frozenset(owner for same in mine for _, origin in same for owner in origin)
         # Several tracks of one operand may run along the same axes; those of the operand that has most speak for all.
         speaker = max(range(len(mine)), key=lambda number: len(mine[number]))
         for code, _ in mine[speaker]:
-            own = [code & 1 if number == speaker else bit for number, bit in enumerate(bits)]
+            own = [zero_bit(code) if number == speaker else bit for number, bit in enumerate(bits)]
             zero = combine([bit for bit, judge in zip(own, judges, strict=True) if judge], law)
-            merged.append(Track(never_zero(compress(code)) | zero, origins))
+            merged.append(Track((squeezed(code).bitwise_and(-2) | squeezed(compress(zero))).expand(out), origins))
     return merged
+
+
+def zero_bit(code: torch.Tensor) -> torch.Tensor:
+    """The zero bits of a compressed track; stride 0 stays stride 0, so that nothing of the tensor's full size is made."""
+    return squeezed(code).bitwise_and(1).expand(code.shape)
 
 
 def combine(bits: Sequence[torch.Tensor], law: ZeroLaw) -> torch.Tensor:
