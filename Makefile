@@ -10,8 +10,9 @@ SPEC := pyproject.toml constraints.txt
 PIP := PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip install --quiet
 WORKERS ?= 2
 DEMO_ARGS ?=
+ZOO_ARGS ?=
 
-.PHONY: help demo test check format bench fuzz clean
+.PHONY: help demo test check format bench zoo fuzz clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -32,6 +33,12 @@ help:  ## list the targets
 	$(PIP) -e '.[dev]' -c constraints.txt
 	@touch $@ .venv/.stamp-demo .venv/.stamp-core
 
+# The zoo has an environment of its own: torchvision changes what `transformers` imports.
+.venv-zoo/.stamp: $(SPEC) zoo-constraints.txt
+	test -x .venv-zoo/bin/python || $(PYTHON) -m venv .venv-zoo
+	PIP_DISABLE_PIP_VERSION_CHECK=1 .venv-zoo/bin/python -m pip install --quiet -e '.[zoo]' -c constraints.txt -c zoo-constraints.txt
+	@touch $@
+
 demo: .venv/.stamp-demo  ## train a dense and a self-compressing network on real digits, compare them (DEMO_ARGS="--epochs 20")
 	$(BIN)/geta demo $(DEMO_ARGS)
 
@@ -51,6 +58,9 @@ format: .venv/.stamp-dev  ## rewrite the code in the project's format
 
 bench: .venv/.stamp-core  ## time one training step, plain optimizer and QASSO in each stage, side by side
 	$(BIN)/python bench/step_overhead.py
+
+zoo: .venv-zoo/.stamp  ## check every architecture of the zoo, hours; resumable (ZOO_ARGS="--only 'timm/*' --failed")
+	.venv-zoo/bin/python -m bench.zoo.run --jobs $(WORKERS) $(ZOO_ARGS)
 
 fuzz: export OMP_NUM_THREADS = 1
 fuzz: export GETA_FUZZ_EXAMPLES ?= 5000

@@ -21,11 +21,13 @@ if TYPE_CHECKING:
     from geta.errors import BadModelError, CheckpointError, ConfigError, GetaError, UnsupportedOpError
     from geta.export.storage import load
     from geta.graph import DependencyGraph, analyze
+    from geta.graph.rules import rule
     from geta.integrations.compressor import Compressor
     from geta.optim import QASSO, Schedule
     from geta.quant import STE, Bits, Fourier, quantize
     from geta.seeding import seed_everything
     from geta.subnet.compact import compact
+    from geta.subnet.eager import EagerProduct, compact_eager
     from geta.subnet.model import CompactModel
 
 __version__ = "0.1.0"
@@ -39,6 +41,7 @@ _HOME = {
     "ConfigError": "geta.errors",
     "Cost": "geta.cost",
     "DependencyGraph": "geta.graph",
+    "EagerProduct": "geta.subnet",
     "Fourier": "geta.quant",
     "GetaError": "geta.errors",
     "QASSO": "geta.optim",
@@ -47,9 +50,11 @@ _HOME = {
     "UnsupportedOpError": "geta.errors",
     "analyze": "geta.graph",
     "compact": "geta.subnet",
+    "compact_eager": "geta.subnet",
     "cost": "geta.cost",
     "load": "geta.export.storage",
     "quantize": "geta.quant",
+    "rule": "geta.graph.rules",
     "seed_everything": "geta.seeding",
 }
 
@@ -64,6 +69,7 @@ __all__ = [
     "ConfigError",
     "Cost",
     "DependencyGraph",
+    "EagerProduct",
     "Fourier",
     "GetaError",
     "Schedule",
@@ -71,9 +77,11 @@ __all__ = [
     "__version__",
     "analyze",
     "compact",
+    "compact_eager",
     "cost",
     "load",
     "quantize",
+    "rule",
     "seed_everything",
 ]
 

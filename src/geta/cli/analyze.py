@@ -22,11 +22,35 @@ def parse_shape(text: str) -> tuple[int, ...]:
     return shape
 
 
+def parse_granularity(texts: list[str]) -> dict[str, str] | None:
+    """Read `head_dim` and `GLOB=head_dim`; a value without a glob counts where no glob matches."""
+    pairs = [text.rpartition("=") for text in texts]
+    for_all = list(dict.fromkeys(value for glob, _, value in pairs if not glob))
+    if len(for_all) > 1:
+        raise ConfigError(f"--granularity is given for the whole model as {' and as '.join(for_all)}; write GLOB=VALUE for a part of it")
+    named = {glob: value for glob, _, value in pairs if glob}
+    return {**named, **dict(zip(("*",), for_all, strict=False))} or None
+
+
+def parse_question(text: str) -> tuple[str, int, int]:
+    """Read `conv1.weight:0:3` (tensor or module, dimension, index)."""
+    name, *numbers = text.split(":")
+    if not name or len(numbers) != 2 or not all(number.isdecimal() for number in numbers):
+        raise ConfigError(f"--explain '{text}' is no question: write NAME:DIM:INDEX, e.g. --explain conv1.weight:0:3")
+    return name, int(numbers[0]), int(numbers[1])
+
+
 def analyze_command(
     *,
     target: Annotated[str, typer.Argument(help="python.path:factory, timm:NAME or hf:CONFIG_OR_PATH.", show_default=False)],
     input_shape: Annotated[str | None, typer.Option(help="Shape of one random input, batch first, e.g. 1,3,224,224.")] = None,
+    html: Annotated[Path | None, typer.Option(help="Write one self-contained page with the graph and its families here.")] = None,
     json: Annotated[Path | None, typer.Option(help="Write the families to this JSON file as well.")] = None,
+    protect: Annotated[list[str] | None, typer.Option(help="Glob of tensors or modules that keep their shapes; repeatable.")] = None,
+    only: Annotated[list[str] | None, typer.Option(help="Prune these units alone, e.g. heads or channels; repeatable.")] = None,
+    granularity: Annotated[list[str] | None, typer.Option(help="head, head_dim, group or channel, or GLOB=head_dim; repeatable.")] = None,
+    inexact: Annotated[bool, typer.Option("--inexact", help="Allow removals that change the result a little (LayerNorm).")] = False,
+    explain: Annotated[list[str] | None, typer.Option(help="Ask what an index takes with it: NAME:DIM:INDEX; repeatable.")] = None,
     debug: Debug = False,  # noqa: ARG001 - acts in its callback
 ) -> None:
     """Print the table of group families of a model: what can be removed together, and the reason where nothing can.
@@ -34,16 +58,26 @@ def analyze_command(
     A factory is called without arguments and returns a model, (model, args) or (model, args, kwargs).
     """
     shape = None if input_shape is None else parse_shape(input_shape)
+    wanted = parse_granularity(granularity or [])
+    questions = [parse_question(text) for text in explain or []]
 
     import geta
     from geta.cli.targets import resolve_target
     from geta.report.files import prepare_folder, write_atomically
 
-    if json is not None:
-        prepare_folder(json.parent)
+    for file in (html, json):
+        if file is not None:
+            prepare_folder(file.parent)
     found = resolve_target(target, shape)
-    graph = geta.analyze(found.model, found.args, found.kwargs)
+    graph = geta.analyze(
+        found.model, found.args, found.kwargs, exact=not inexact, protect=protect or (), prune=only or None, granularity=wanted
+    )
     typer.echo(str(graph))
+    for question in questions:
+        typer.echo(f"\n{graph.explain(*question)}")
     if json is not None:
         write_atomically(json, graph.to_json().encode())
         typer.echo(f"families written to {json}")
+    if html is not None:
+        graph.save_html(html)
+        typer.echo(f"page written to {html}")

@@ -113,6 +113,14 @@ def _example(node: fx.Node) -> Any:
     raise BadModelError(f"the graph doesn't say what its input '{node.target}' looks like: pass example inputs")
 
 
+def _recorded(node: fx.Node) -> Any:
+    """A result that the example inputs gave, as a fake tensor of the active mode, or a number."""
+    example = node.meta["example"]
+    if "value" in example:
+        return example["value"]
+    return torch.empty(example["shape"], dtype=getattr(torch, example["dtype"]))
+
+
 def _hint(size: Any) -> int:
     return size if isinstance(size, int) else int(size.node.hint)
 
@@ -172,6 +180,8 @@ class _ShapeRun:
         try:
             return node.target(*args, **kwargs)
         except Exception as error:  # whatever an operator's shape function raises
+            if node.meta.get("example") is not None:  # its size depends on values; a run on the example inputs told it
+                return _recorded(node)
             path = self._path(node)
             reason = str(error).strip().splitlines()[:1]
             raise UnsupportedOpError(

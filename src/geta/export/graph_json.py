@@ -2,7 +2,8 @@
 
 A node is a list, one of
 
-    ["placeholder", name, example]     ["get_attr", tensor name]     ["call", operator, args, kwargs, module path]     ["output", value]
+    ["placeholder", name, example]     ["get_attr", tensor name]     ["output", value]
+    ["call", operator, args, kwargs, module path]     or, where the result's size depends on values, with an example of it as a sixth entry
 
 and a value that JSON has no form for is a one-key object:
 
@@ -13,7 +14,8 @@ and a value that JSON has no form for is a one-key object:
 
 Finite floats are written as the shortest decimal that reads back as the same number. Every device is written as "cpu":
 tensors are loaded there, and a loaded model can be moved. Only operators that are listed or that pass `resolve_target`
-are read; so a file can't make the loader call anything but tensor operators and integer arithmetic.
+are read; so a file can't make the loader call anything but tensor operators and integer arithmetic. Operators of other libraries
+are written by name, and read only if the caller names them: a file can't choose what of the user's own code is called.
 """
 
 from __future__ import annotations
@@ -32,6 +34,8 @@ import geta.quant.ops  # noqa: F401  registers the operators of the namespace `g
 from geta.errors import CheckpointError
 
 NAMESPACES = ("aten", "geta")
+_INTERNAL = ("prim", "prims", "rngprims", "debugprims", "profiler", "inductor", "c10d", "_c10d_functional", "rpc", "static_runtime")
+"""Namespaces of torch's machinery: neither what a captured model holds nor somebody's own operators."""
 _PLAIN = {
     "operator": (
         *("add", "sub", "mul", "floordiv", "truediv", "mod", "pow", "neg", "pos", "abs", "getitem"),
@@ -91,9 +95,10 @@ def graph_to_json(graph: fx.Graph) -> dict[str, Any]:
     return {"nodes": nodes}
 
 
-def graph_from_json(data: Any) -> fx.Graph:
+def graph_from_json(data: Any, custom_ops: Sequence[str] = ()) -> fx.Graph:
     """Build the graph that `graph_to_json` described.
 
+    custom_ops: names of operators of other libraries that the graph may call, such as "mylib::op".
     Raises CheckpointError, before anything is run, for whatever `graph_to_json` doesn't write: unknown operators, values,
     node kinds, names that aren't plain, references to later nodes.
     """
@@ -104,7 +109,7 @@ def graph_from_json(data: Any) -> fx.Graph:
     for entry in data["nodes"]:
         if built and built[-1].op == "output":
             raise CheckpointError("the saved graph goes on after its output: the file is damaged")
-        built.append(_decode_node(entry, graph, built))
+        built.append(_decode_node(entry, graph, built, custom_ops))
     if not built or built[-1].op != "output":
         raise CheckpointError("the saved graph has no output: the file is damaged")
     return graph
@@ -121,24 +126,30 @@ def target_name(target: Any) -> str:
         return name
     if target in _FUNCTION_NAMES:
         return _FUNCTION_NAMES[target]
-    raise CheckpointError(
-        f"the graph calls '{target}', which can't be saved: only operators of {' and '.join(NAMESPACES)} and arithmetic on sizes can"
-    )
+    raise CheckpointError(f"the graph calls '{target}', which can't be saved: only registered operators and arithmetic on sizes can")
 
 
-def resolve_target(name: Any) -> Callable[..., Any]:
-    """Return the operator of a saved name; raise CheckpointError for anything but a known, harmless one."""
+def resolve_target(name: Any, custom_ops: Sequence[str] = ()) -> Callable[..., Any]:
+    """Return the operator of a saved name; raise CheckpointError for anything but a known, harmless one or one of `custom_ops`."""
     if not isinstance(name, str):
         raise CheckpointError(f"the saved graph names an operator by {type(name).__name__}: the file is damaged")
     if name in FUNCTIONS:
         return FUNCTIONS[name]
     parts = name.split(".")
-    if len(parts) != 3 or parts[0] not in NAMESPACES or not all(_IDENTIFIER.fullmatch(part) for part in parts):
+    if len(parts) != 3 or not all(_IDENTIFIER.fullmatch(part) for part in parts):
         raise CheckpointError(f"the saved graph calls '{name}', which is not an operator that geta saves: don't trust this file")
+    custom = f"{parts[0]}::{parts[1]}"
+    if parts[0] not in NAMESPACES and custom not in custom_ops:
+        raise CheckpointError(
+            f"the saved graph calls '{name}', an operator of another library. If you trust this file and know that operator, import what "
+            f"registers it and load with custom_ops=['{custom}']"
+        )
     try:
         target = getattr(getattr(getattr(torch.ops, parts[0]), parts[1]), parts[2])
     except AttributeError:
-        raise CheckpointError(f"the saved graph calls '{name}', which torch {torch.__version__} doesn't have") from None
+        missing = f"which torch {torch.__version__} doesn't have"
+        unknown = f"which is not registered: import the library that defines '{custom}' first"
+        raise CheckpointError(f"the saved graph calls '{name}', {missing if parts[0] in NAMESPACES else unknown}") from None
     if not isinstance(target, torch._ops.OpOverload):
         raise CheckpointError(f"the saved graph calls '{name}', which is not an operator: don't trust this file")
     _check_operator(name, target)
@@ -148,10 +159,11 @@ def resolve_target(name: Any) -> Callable[..., Any]:
 def _check_operator(name: str, target: torch._ops.OpOverload) -> None:
     namespace, base, overload = name.split(".")
     schema = target._schema
+    own = namespace in NAMESPACES
     harmless = (
-        namespace in NAMESPACES
-        and base not in _REFUSED
-        and (not base.startswith("_") or _PRIVATE.fullmatch(base) is not None)
+        namespace not in _INTERNAL
+        and not (own and base in _REFUSED)
+        and not (own and base.startswith("_") and _PRIVATE.fullmatch(base) is None)
         and torch._C._dispatch_has_kernel(target._schema.name + ("." + overload if overload != "default" else ""))
         and len(schema.returns) > 0
         and all(str(result.type) in _RESULTS for result in schema.returns)
@@ -172,12 +184,13 @@ def _encode_node(node: fx.Node, index: Mapping[fx.Node, int]) -> list[Any]:
         raise CheckpointError(f"the graph has a {node.op} node '{node.name}', which can't be saved")
     path = node.meta.get("module_path", "")
     arguments = [_encode(list(node.args), index), {key: _encode(value, index) for key, value in node.kwargs.items()}]
-    return ["call", target_name(node.target), *arguments, str(path)]
+    example = [] if node.meta.get("example") is None else [_encode_example(node)]
+    return ["call", target_name(node.target), *arguments, str(path), *example]
 
 
-def _decode_node(entry: Any, graph: fx.Graph, built: Sequence[fx.Node]) -> fx.Node:
-    sizes = {"placeholder": 3, "get_attr": 2, "output": 2, "call": 5}
-    if not isinstance(entry, list) or not entry or not isinstance(entry[0], str) or len(entry) != sizes.get(entry[0]):
+def _decode_node(entry: Any, graph: fx.Graph, built: Sequence[fx.Node], custom_ops: Sequence[str]) -> fx.Node:
+    sizes = {"placeholder": (3,), "get_attr": (2,), "output": (2,), "call": (5, 6)}
+    if not isinstance(entry, list) or not entry or not isinstance(entry[0], str) or len(entry) not in sizes.get(entry[0], ()):
         raise CheckpointError(f"the saved graph has a node that is not one: {_short(entry)}")
     kind = entry[0]
     if kind == "placeholder":
@@ -188,12 +201,12 @@ def _decode_node(entry: Any, graph: fx.Graph, built: Sequence[fx.Node]) -> fx.No
         return graph.create_node("get_attr", check_tensor_name(entry[1]))
     if kind == "output":
         return graph.create_node("output", "output", (_decode(entry[1], built),))
-    return _decode_call(entry, graph, built)
+    return _decode_call(entry, graph, built, custom_ops)
 
 
-def _decode_call(entry: list[Any], graph: fx.Graph, built: Sequence[fx.Node]) -> fx.Node:
-    _, saved_target, saved_args, saved_kwargs, path = entry
-    target = resolve_target(saved_target)
+def _decode_call(entry: list[Any], graph: fx.Graph, built: Sequence[fx.Node], custom_ops: Sequence[str]) -> fx.Node:
+    _, saved_target, saved_args, saved_kwargs, path, *example = entry
+    target = resolve_target(saved_target, custom_ops)
     args = _decode(saved_args, built)
     if not isinstance(saved_args, list) or not isinstance(saved_kwargs, dict) or not isinstance(path, str):
         raise CheckpointError(f"the saved call of '{saved_target}' has no proper arguments: the file is damaged")
@@ -205,6 +218,9 @@ def _decode_call(entry: list[Any], graph: fx.Graph, built: Sequence[fx.Node]) ->
     node = graph.create_node("call_function", target, tuple(args), kwargs)
     if path:
         node.meta["module_path"] = path
+    if example:
+        decoded = _decode_example(example[0])
+        node.meta["example"] = decoded.get("example", {"value": decoded.get("val")})
     return node
 
 
@@ -263,7 +279,7 @@ def _decode_tagged(key: Any, inner: Any, built: Sequence[fx.Node]) -> Any:
 
 def _encode_example(node: fx.Node) -> dict[str, Any] | None:
     """What an input was captured with, so that costs can be counted: {"shape": [2, 3], "dtype": "float32"}, or {"value": True}."""
-    example = node.meta.get("example")
+    example: dict[str, Any] | None = node.meta.get("example")
     if example is None and _is_plain(node.meta.get("val", ...)):
         example = {"value": node.meta["val"]}
     _decode_example(example)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -63,9 +63,10 @@ def save(model: CompactModel, path: str | Path) -> None:
     write_folder(path, document, safetensors.torch.save(stored))
 
 
-def load(path: str | Path) -> CompactModel:
+def load(path: str | Path, *, custom_ops: Sequence[str] = ()) -> CompactModel:
     """Read a compact model from the folder that `save` wrote, on the CPU and in evaluation mode.
 
+    custom_ops: the operators of other libraries that the model may call, such as ["mylib::op"]; import what registers them first.
     Nothing is built before everything is checked, and no code of the file is run: only operators that `geta.export.graph_json`
     knows. Raises CheckpointError when the folder is incomplete, altered or of another version.
     """
@@ -73,7 +74,7 @@ def load(path: str | Path) -> CompactModel:
     content = _parsed(document)
     records = {check_tensor_name(name): TensorRecord.from_json(name, record) for name, record in content["tensors"].items()}
     info = info_from_json(content["info"])
-    programs = {mode: _program_from_json(program, records) for mode, program in content["programs"].items()}
+    programs = {mode: _program_from_json(program, records, custom_ops) for mode, program in content["programs"].items()}
     stored = _parsed_tensors(blob)
     if sorted(stored) != sorted(records):
         raise CheckpointError("the saved tensors are not those that the saved model describes: the file is damaged")
@@ -127,14 +128,14 @@ def _program_to_json(program: Program) -> dict[str, Any]:
     return {"inputs": program.in_spec, "outputs": program.out_spec, **graph_to_json(program.graph)}
 
 
-def _program_from_json(data: Any, records: Mapping[str, TensorRecord]) -> Program:
+def _program_from_json(data: Any, records: Mapping[str, TensorRecord], custom_ops: Sequence[str]) -> Program:
     if not isinstance(data, dict) or list(data) != ["inputs", "outputs", "nodes"]:
         raise CheckpointError("a saved program is not one: the file is damaged")
     inputs, outputs = data["inputs"], data["outputs"]
     if not isinstance(inputs, str) or not isinstance(outputs, str):
         raise CheckpointError("a saved program doesn't describe its inputs and outputs: the file is damaged")
     rebuild(outputs)
-    graph = graph_from_json({"nodes": data["nodes"]})
+    graph = graph_from_json({"nodes": data["nodes"]}, custom_ops)
     program = Program(graph, inputs, outputs)
     if len(graph.find_nodes(op="placeholder")) != rebuild(inputs).num_leaves:
         raise CheckpointError("a saved program doesn't take the inputs that it describes: the file is damaged")

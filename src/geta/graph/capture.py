@@ -7,10 +7,12 @@ batch dimension is left symbolic when the model allows it, so that whatever is b
 from __future__ import annotations
 
 import contextlib
-import os
+import io
+import logging
+import sys
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,12 +21,19 @@ from torch import fx, nn
 from torch.export import Dim, ShapesCollection
 from torch.export.graph_signature import InputKind
 
-from geta.errors import BadModelError
-from geta.graph.names import canonical_name
+from geta.errors import BadModelError, UnsupportedOpError
+from geta.graph.backward import backward_notes, checkpoints_inlined
+from geta.graph.capture_fallback import follow
+from geta.graph.measure import measure
+from geta.graph.names import canonical_module, canonical_name, find_tensor, unwrap
+from geta.graph.observers import switches_as_numbers
+from geta.graph.places import first_line, line_of_error
+from geta.graph.preserve import known_dataclasses, mode_of, preserved
+from geta.graph.regions import clean
 
-# Whole folders, not parts of paths: a user's own project may well lie in a folder called "torch" or "geta".
-_NOT_THE_USERS = (str(Path(torch.__file__).parent) + os.sep, str(Path(__file__).parents[1]) + os.sep, "<")
-_CHECK_OPS = ("_assert_tensor_metadata", "_assert_async", "_assert_scalar", "sym_constrain_range", "sym_constrain_range_for_size")
+__all__ = ["Capture", "canonical_module", "capture", "check_inputs", "mode_of"]
+
+_TALKATIVE = ("torch.export._trace", "torch._export.non_strict_utils", "torch.fx.experimental.symbolic_shapes")
 
 
 @dataclass(frozen=True)
@@ -55,24 +64,6 @@ class Capture:
         return canonical_module(paths[-1]) if paths else ""
 
 
-def canonical_module(path: str) -> str:
-    """Strip what attaching quantizers adds to a module path, e.g. `conv.parametrizations.weight.0` -> `conv`."""
-    head, marker, _ = path.partition("parametrizations.")
-    return head.rstrip(".") if marker else path
-
-
-@contextlib.contextmanager
-def mode_of(model: nn.Module, training: bool) -> Iterator[None]:
-    """Put a model into train or eval mode and give every submodule its own mode back afterwards."""
-    before = [(module, module.training) for module in model.modules()]
-    try:
-        model.train(training)
-        yield
-    finally:
-        for module, mode in before:
-            module.training = mode
-
-
 def capture(
     model: nn.Module,
     args: tuple[Any, ...] = (),
@@ -81,26 +72,80 @@ def capture(
     dynamic_shapes: Any = None,
     train: bool = False,
 ) -> Capture:
-    """Export `model` on example inputs without changing it: its mode, parameters and buffers stay as they were.
+    """Export `model` on example inputs without changing it: modes, tensors, attributes and hooks stay as they were.
 
+    Wrappers (`DistributedDataParallel`, `torch.compile`) are looked through: names are those of the user's own module.
     dynamic_shapes: as for `torch.export.export`; None = dimension 0 of every tensor input is symbolic if the model
-    allows it, which a note says when it does not.
-    Raises BadModelError when the model can't be exported, quoting the exporter's own reason and the user's line.
+    allows it, which a note says when it does not. A model whose Python control flow depends on tensor values is followed along
+    the path that the example inputs take, which a note says too.
+    Raises BadModelError when the model can't be captured, quoting the reason and the user's line; UnsupportedOpError for an
+    operator that runs a graph of its own (a loop).
     """
+    model = unwrap(model)
     args, kwargs = check_inputs(model, args, kwargs)
+    with preserved(model), mode_of(model, train), switches_as_numbers(model), known_dataclasses(model, (args, kwargs)):
+        try:
+            return _captured(model, args, kwargs, dynamic_shapes, train=train)
+        except BadModelError as error:
+            if dynamic_shapes or error.__cause__ is None:
+                raise
+            return _followed(model, args, kwargs, error, train=train)
+
+
+def _captured(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: Any, *, train: bool) -> Capture:
     notes: list[str] = []
-    with mode_of(model, train):
-        exported = _export(model, args, kwargs, dynamic_shapes, notes)
-    names = {}
-    constants = {}
-    inputs = iter(exported.graph_signature.input_specs)
-    for node, spec in zip(exported.graph.find_nodes(op="placeholder"), inputs, strict=True):
+    exported, wide = _export(model, args, kwargs, dynamic_shapes, notes)
+    names, constants, values = {}, {}, []
+    _, order = exported.call_spec.in_spec.children()
+    each = [pytree.tree_leaves((one[0], {name: one[1][name] for name in order.context})) for one in (wide, (args, kwargs))]
+    leaves = iter(zip(*each, strict=True))
+    for node, spec in zip(exported.graph.find_nodes(op="placeholder"), exported.graph_signature.input_specs, strict=True):
         if spec.kind in (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR):
-            names[node.name] = canonical_name(spec.target)
+            name = names[node.name] = _own_name(canonical_name(spec.target), train=train)
         if spec.kind == InputKind.CONSTANT_TENSOR:
-            constants[canonical_name(spec.target)] = exported.constants[spec.target]
-    graph = _clean(exported.graph_module, notes)
+            constants[name] = exported.constants[spec.target]
+        known = constants.get(name) if spec.kind == InputKind.CONSTANT_TENSOR else None
+        values.append(next(leaves) if node.name not in names else (find_tensor(model, name) if known is None else known,) * 2)
+    graph = clean(exported.graph_module, notes)
+    measure(graph, [value for value, _ in values], [value for _, value in values])
+    if train:
+        notes += backward_notes(model, args, kwargs)
     return Capture(graph, names, constants, exported.call_spec.in_spec, exported.call_spec.out_spec, train, tuple(notes))
+
+
+def _own_name(name: str, *, train: bool) -> str:
+    """Constants that the tracer numbers have other numbers in training mode, so they get other names."""
+    return f"training_{name}" if train and name.startswith(("lifted_tensor_", "_tensor_constant")) else name
+
+
+def _followed(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], refused: BadModelError, *, train: bool) -> Capture:
+    """Capture by running the model on its real values, after torch.export has refused it."""
+    reason = refused.__cause__
+    assert reason is not None
+    try:
+        found = follow(model, args, kwargs)
+        names = {node: _own_name(name, train=train) for node, name in found.tensor_names.items()}
+        constants = {_own_name(name, train=train): value for name, value in found.constants.items()}
+    except UnsupportedOpError:
+        raise
+    except Exception as error:  # the user's forward may raise anything
+        if type(error) is type(reason) and str(error) == str(reason):
+            raise BadModelError(_failure(model, reason)) from error
+        raise BadModelError(
+            f"{_failure(model, reason)}. Following the path of the example inputs failed too: {type(error).__name__}: "
+            f"{first_line(error)}{line_of_error(error)}"
+        ) from error
+    fixed = "All sizes are fixed to those of the example inputs, the batch size too"
+    if found.asked:
+        shown = ", ".join(found.asked[:3]) + (f" and {len(found.asked) - 3} more" if len(found.asked) > 3 else "")
+        note = (
+            f"Python control flow depends on tensor values at {shown}: followed the path that the example inputs take, and other inputs "
+            f"will take the same one. {fixed}"
+        )
+    else:
+        note = f"torch.export refused the model ({_reason(reason)}), so it was traced on its real values. {fixed}"
+    notes = (note, *found.notes, *(found.lost if train else ()))
+    return Capture(found.graph, names, constants, found.in_spec, found.out_spec, train, notes)
 
 
 def check_inputs(
@@ -111,28 +156,35 @@ def check_inputs(
         raise BadModelError(f"expected a torch.nn.Module, got {type(model).__name__}: pass the model itself")
     if isinstance(args, torch.Tensor):
         raise BadModelError("args is a tensor; pass the example inputs as a tuple: args=(x,)")
+    scripted = next((path for path, module in model.named_modules() if isinstance(module, torch.jit.ScriptModule)), None)
+    if scripted is not None:
+        raise BadModelError(f"module '{scripted or type(model).__name__}' is TorchScript: pass the Python module that it was made from")
     kwargs = dict(kwargs or {})
     if not any(isinstance(leaf, torch.Tensor) for leaf in pytree.tree_leaves((args, kwargs))):
         raise BadModelError("the example inputs hold no tensor: pass args=(x,) or kwargs={'name': x} as you would call the model")
     return tuple(args), kwargs
 
 
+Inputs = tuple[tuple[Any, ...], dict[str, Any]]
+
+
 def _export(
     model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: Any, notes: list[str]
-) -> torch.export.ExportedProgram:
+) -> tuple[torch.export.ExportedProgram, Inputs]:
+    """The exported model and the inputs that it was exported with."""
     if dynamic_shapes is not None:
-        return _export_once(model, args, kwargs, dynamic_shapes)
-    wide_args, wide_kwargs = _at_least_two(args), _at_least_two(kwargs)
+        return _export_once(model, args, kwargs, dynamic_shapes), (args, kwargs)
+    wide_args, wide_kwargs = _at_least_two((args, kwargs))
     shapes = ShapesCollection()
     for leaf in pytree.tree_leaves((wide_args, wide_kwargs)):
         if isinstance(leaf, torch.Tensor) and leaf.dim() > 0:
             shapes[leaf] = {0: Dim.AUTO}
     try:
-        return _export_once(model, wide_args, wide_kwargs, shapes)
+        return _export_once(model, wide_args, wide_kwargs, shapes), (wide_args, wide_kwargs)
     except BadModelError as error:
         exported = _export_once(model, args, kwargs, None)
-        notes.append(f"captured with a fixed batch size, because a symbolic one failed: {_first_line(error)}")
-        return exported
+        notes.append(f"captured with a fixed batch size, because a symbolic one failed: {first_line(error)}")
+        return exported, (args, kwargs)
 
 
 def _at_least_two(inputs: Any) -> Any:
@@ -149,85 +201,43 @@ def _at_least_two(inputs: Any) -> Any:
 
 
 def _export_once(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: Any) -> torch.export.ExportedProgram:
-    with _buffers_kept(model):
+    with preserved(model), _quiet(), warnings.catch_warnings(), checkpoints_inlined():
+        warnings.simplefilter("ignore")  # about tracing; those of the model itself come when the user runs it
         try:
             if isinstance(dynamic_shapes, ShapesCollection):
                 dynamic_shapes = dynamic_shapes.dynamic_shapes(model, args, kwargs)
             return torch.export.export(model, args, kwargs, dynamic_shapes=dynamic_shapes, strict=False)
         except Exception as error:  # the exporter raises whatever the user's own forward raises
             raise BadModelError(
-                f"{type(model).__name__} can't be captured by torch.export: {type(error).__name__}: {_first_line(error)}"
-                f"{_user_line(error)}. Check that model(*args, **kwargs) runs on the example inputs, and that no Python "
+                f"{_failure(model, error)}. Check that model(*args, **kwargs) runs on the example inputs, and that no Python "
                 "control flow depends on tensor values"
             ) from error
 
 
+def _failure(model: nn.Module, error: BaseException) -> str:
+    return f"{type(model).__name__} can't be captured by torch.export: {_reason(error)}"
+
+
+def _reason(error: BaseException) -> str:
+    return f"{type(error).__name__}: {first_line(error)}{line_of_error(error)}"
+
+
 @contextlib.contextmanager
-def _buffers_kept(model: nn.Module) -> Iterator[None]:
-    """Tracing in train mode may replace buffers by traced ones when it fails; hand the user's own back."""
-    before = [(module, dict(module._buffers)) for module in model.modules()]
+def _quiet() -> Iterator[None]:
+    """A refused export prints its half-made graph and logs; what it means is said in our own error or note."""
+    loggers = [logging.getLogger(name) for name in _TALKATIVE]
+    before = [logger.disabled for logger in loggers]
+    printed = io.StringIO()
+    half_made = ""
     try:
-        yield
+        for logger in loggers:
+            logger.disabled = True
+        with contextlib.redirect_stderr(printed):
+            yield
+    except BadModelError as error:
+        half_made = str(getattr(error.__cause__, "partial_fx_graph", ""))
+        raise
     finally:
-        for module, buffers in before:
-            module._buffers.update(buffers)
-
-
-def _first_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return (lines[0] if lines else type(error).__name__).rstrip(".")
-
-
-def _user_line(error: BaseException) -> str:
-    """Where in the user's code it failed: the innermost frame outside torch."""
-    found = ""
-    frame = error.__traceback__
-    while frame is not None:
-        code = frame.tb_frame.f_code
-        if not code.co_filename.startswith(_NOT_THE_USERS):
-            found = f" (at {code.co_filename}:{frame.tb_lineno} in {code.co_name})"
-        frame = frame.tb_next
-    return found
-
-
-def _clean(module: fx.GraphModule, notes: list[str]) -> fx.Graph:
-    """Inline grad-mode and autocast regions, drop assertions; what is left computes and nothing else."""
-    graph = module.graph
-    for node in list(graph.nodes):
-        if node.op == "call_function" and isinstance(node.target, torch._ops.HigherOrderOperator):
-            _inline_region(module, node, notes)
-    for node in reversed(list(graph.nodes)):
-        name = getattr(node.target, "__name__", "").split(".")[0]
-        if (node.op == "call_function" and name in _CHECK_OPS and not node.users) or (node.op == "get_attr" and not node.users):
-            graph.erase_node(node)
-    graph.eliminate_dead_code()  # code that only looks at `weight.dtype` leaves a whole computation without a use
-    return graph
-
-
-def _inline_region(module: fx.GraphModule, node: fx.Node, notes: list[str]) -> None:
-    name = str(node.target)
-    if name == "wrap_with_set_grad_enabled":
-        body, inputs = node.args[1], node.args[2:]
-    elif name == "wrap_with_autocast":
-        body, inputs = node.args[4], node.args[5:]
-        if node.args[2]:
-            notes.append("an enabled autocast region was inlined without its casts: results are in the parameters' own dtype")
-    else:
-        return
-    assert isinstance(body, fx.Node)
-    inner = module.get_submodule(str(body.target))
-    assert isinstance(inner, fx.GraphModule)
-    _clean(inner, notes)
-    mapping: dict[fx.Node, Any] = dict(zip(inner.graph.find_nodes(op="placeholder"), inputs, strict=True))
-    with module.graph.inserting_before(node):
-        result = None
-        for inner_node in inner.graph.nodes:
-            if inner_node.op == "output":
-                result = pytree.tree_map_only(fx.Node, lambda n: mapping[n], inner_node.args[0])
-            elif inner_node.op != "placeholder":
-                mapping[inner_node] = module.graph.node_copy(inner_node, lambda n: mapping[n])
-    for user in list(node.users):
-        assert isinstance(result, (tuple, list)) and isinstance(user.args[1], int)
-        user.replace_all_uses_with(result[user.args[1]])
-        module.graph.erase_node(user)
-    module.graph.erase_node(node)
+        for logger, was in zip(loggers, before, strict=True):
+            logger.disabled = was
+        sys.stderr.write(printed.getvalue().replace(half_made, "").lstrip() if half_made else printed.getvalue())

@@ -36,12 +36,22 @@ class Place:
 class Context:
     """One operator call under propagation: arguments by name, the module path, and the verbs of coupling."""
 
-    def __init__(self, node: fx.Node, arguments: Mapping[str, Any], path: str, space: LabelSpace, rest: tuple[Constraints, Ledger]) -> None:
+    def __init__(
+        self,
+        node: fx.Node,
+        arguments: Mapping[str, Any],
+        path: str,
+        space: LabelSpace,
+        rest: tuple[Constraints, Ledger],
+        *,
+        granularity: str = "",
+    ) -> None:
         self.node = node
         self.arguments = arguments
         self.path = path
         self.space = space
         self.constraints, self.ledger = rest
+        self.granularity = granularity
 
     def __getitem__(self, name: str) -> Any:
         return self.arguments[name]
@@ -101,7 +111,8 @@ class Context:
             return
         spans = tuple(tuple(letter for dim, letter in enumerate(place.letters) if place.value.shape[dim] > 1) for place in places)
         reason = f"must match a tensor of fixed size, such as a model input, in {self.where}"
-        self.constraints.aligned.append(Aligned(tuple(tracks), spans, tuple(bound), tuple(batch), reason))
+        keep = self.granularity if self.granularity in ("head", "head_dim") else ""
+        self.constraints.aligned.append(Aligned(tuple(tracks), spans, tuple(bound), tuple(batch), reason, keep))
 
     @staticmethod
     def lay(code: torch.Tensor, letters: Sequence[int], rank: int) -> torch.Tensor:

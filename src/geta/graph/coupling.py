@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import takewhile
 
 import numpy as np
 import torch
@@ -12,7 +13,7 @@ from torch import nn
 from geta.graph.context import INTERNAL
 from geta.graph.families import Family, Member, Role
 from geta.graph.labels import FIXED, Owner, Value, squeezed, varying
-from geta.graph.names import find_tensor
+from geta.graph.names import canonical_module, find_tensor
 from geta.graph.propagate import Propagation
 from geta.graph.solver import Partition, canonical
 
@@ -31,7 +32,7 @@ class Part:
 
 def build_families(found: Propagation, partition: Partition, model: nn.Module) -> list[Family]:
     """Group the partition's classes by what they touch; parameters decide the names and the order."""
-    buffers = {name for name, _ in model.named_buffers(remove_duplicate=False)}
+    buffers = {name for name, _ in model.named_buffers(remove_duplicate=False)} | set(found.capture.constants)
     signature = _signatures(found, partition)
     owners = [(number, owner) for number, owner in enumerate(found.space.owners) if owner.tensor]
     if not owners:
@@ -143,7 +144,7 @@ def _inexact(partition: Partition, roots: list[int]) -> str:
 
 def _unit(members: list[Member], hints: list[str], model: nn.Module) -> str:
     """What one group is, in words."""
-    producers = [member for member in members if member.role == "producer"] or members
+    producers = [member for member in members if member.role == "producer"] or [member for member in members if member.role != "buffer"]
     if hints and hints[0] == "heads":
         sizes = {member.index.shape[1] for member in producers}
         return "heads" if len(sizes) == 1 else "key-value groups"
@@ -158,14 +159,20 @@ def _unit(members: list[Member], hints: list[str], model: nn.Module) -> str:
 
 
 def _name(members: list[Member], unit: str) -> str:
-    """The module that makes the units; their common parent when several siblings make them together."""
+    """The module that makes the units; the module around all of them when several make heads together."""
     makers = [member for member in members if member.role == "producer" and member.zero] or list(members)
-    modules = list(dict.fromkeys(member.param.rpartition(".")[0] for member in makers))
+    modules = list(dict.fromkeys(canonical_module(member.param.rpartition(".")[0]) for member in makers))
     if all(member.role == "consumer" for member in members):
         return f"{modules[0] or members[0].param} (inputs)"
-    parents = list(dict.fromkeys(module.rpartition(".")[0] for module in modules))
-    together = unit in ("heads", "key-value groups") and len(modules) > 1 and len(parents) == 1 and parents[0]
-    return (parents[0] if together else modules[0]) or members[0].param
+    together = _around(modules) if unit in ("heads", "key-value groups", "head dims") and len(modules) > 1 else ""
+    return together or modules[0] or members[0].param
+
+
+def _around(modules: list[str]) -> str:
+    """The innermost module that contains all of these, "" for the model itself."""
+    paths = [module.split(".")[:-1] for module in modules]
+    common = takewhile(lambda parts: len(set(parts)) == 1, zip(*paths, strict=False))
+    return ".".join(parts[0] for parts in common)
 
 
 def _unique_names(families: list[Family]) -> list[Family]:

@@ -3,31 +3,40 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
 from geta.errors import BadModelError, ConfigError
+from geta.graph.branches import QuantizerBranch, find_branches
 from geta.graph.capture import Capture, capture, check_inputs
 from geta.graph.coupling import build_families
+from geta.graph.explain import Explanation, explain
 from geta.graph.families import Family, Member, Selection
-from geta.graph.names import canonical_name, find_tensor
+from geta.graph.limits import Limits, protect_tensors, restrict, suggest, unused_granularity
+from geta.graph.names import find_tensor, first_names, unwrap
+from geta.graph.page import build_page
 from geta.graph.propagate import Propagation, propagate
 from geta.graph.render import to_dot, to_table
 from geta.graph.solver import Partition, Solver
+from geta.graph.view import GraphView, build_view
 
 
 @dataclass(frozen=True)
 class Example:
-    """The inputs that a model was analysed with; kept so that it can be captured again after quantizers are attached."""
+    """The inputs and options that a model was analysed with; kept so that it can be analysed again after quantizers are attached."""
 
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
     dynamic_shapes: Any
     exact: bool
+    limits: Limits = field(default_factory=Limits)
 
 
 @dataclass(frozen=True)
@@ -38,6 +47,8 @@ class DependencyGraph:
     families: list[Family]
     notes: list[str]
     example: Example = field(repr=False)
+    view: GraphView = field(repr=False)
+    quantizers: tuple[QuantizerBranch, ...] = ()
 
     @property
     def prunable_families(self) -> list[Family]:
@@ -56,7 +67,7 @@ class DependencyGraph:
         return to_dot(self)
 
     def to_json(self) -> str:
-        """A stable description without index maps: format 1, see docs/how-it-works.md."""
+        """A stable description without index maps: format 1, see docs/json-format.md."""
         families = [
             {
                 "name": family.name,
@@ -65,6 +76,7 @@ class DependencyGraph:
                 "prunable": family.prunable,
                 "reason": family.reason,
                 "inexact": family.inexact,
+                "suggestion": family.suggestion,
                 "members": [
                     {"param": m.param, "dim": m.dim, "rows_per_group": int(m.index.shape[1]), "role": m.role, "zero": m.zero}
                     for m in family.members
@@ -72,8 +84,37 @@ class DependencyGraph:
             }
             for family in self.families
         ]
-        record = {"format": 1, "num_groups": self.num_groups, "notes": self.notes, "families": families}
+        quantizers = [branch.to_json() for branch in self.quantizers]
+        record = {"format": 1, "num_groups": self.num_groups, "notes": self.notes, "families": families, "quantizers": quantizers}
         return json.dumps(record, indent=1)
+
+    def save_html(self, path: str | os.PathLike[str]) -> None:
+        """Write one self-contained page that shows the operators and the families; it needs no network and no server.
+
+        Raises GetaError when the folder of `path` can't be written.
+        """
+        from geta.report.files import prepare_folder, write_atomically
+
+        target = Path(path)
+        prepare_folder(target.parent)
+        write_atomically(target, build_page(self).encode())
+
+    def explain(self, name: str, dim: int, index: int) -> Explanation:
+        """What would removing index `index` of dimension `dim` of a tensor remove, or why can't it go and how did that come about?
+
+        name: a tensor (`layer1.0.conv1.weight`), or a module (`layer1.0.conv1`), which stands for its weight.
+        dim:  0 = the channels (neurons, heads) that a convolution or linear layer makes, 1 = those that it reads.
+        Print the result, or read its fields. For an index that must stay the model is captured once more.
+        Raises ConfigError for a name, dimension or index that the model hasn't got.
+        """
+        return explain(self, name, dim, index)
+
+    @cached_property
+    def analysis(self) -> Analysis:
+        """The labels behind the families, in evaluation mode; made anew from the model when it is first asked for, then kept."""
+        example = self.example
+        captured = capture(self.model, example.args, example.kwargs, dynamic_shapes=example.dynamic_shapes)
+        return analyse_capture(self.model, captured, exact=example.exact, limits=example.limits)
 
     def random_selection(self, sparsity: float = 0.5, seed: int = 0, multiple_of: int = 1) -> dict[str, torch.Tensor]:
         """Remove a random share of every prunable family: {family name: BoolTensor[n], True = remove}.
@@ -158,9 +199,11 @@ class Analysis:
     partition: Partition
 
 
-def analyse_capture(model: nn.Module, captured: Capture, *, exact: bool) -> Analysis:
+def analyse_capture(model: nn.Module, captured: Capture, *, exact: bool, limits: Limits | None = None) -> Analysis:
     """Propagate labels through a capture and solve them."""
-    found = propagate(captured, _tied_names(model))
+    limits, first = limits or Limits(), first_names(model)
+    found = propagate(captured, lambda name: first.get(name, name), limits.granularity_at)
+    protect_tensors(found, model, limits)
     return Analysis(captured, found, Solver(found.space.size, found.constraints, exact=exact).solve())
 
 
@@ -171,6 +214,9 @@ def analyze(
     *,
     exact: bool = True,
     dynamic_shapes: Any = None,
+    protect: Sequence[str] | str = (),
+    prune: Sequence[str] | str | None = None,
+    granularity: Mapping[str, str] | str | None = None,
 ) -> DependencyGraph:
     """Find which parameter indices of `model` live and die together.
 
@@ -179,23 +225,39 @@ def analyze(
     exact:  True = a family is prunable only if zeroing a group gives exactly the output of the model without it.
             False = also allows dimensions that a mean or a LayerNorm runs over; such families say so in `inexact`.
     dynamic_shapes: as for `torch.export.export`; None = the batch dimension is left open where the model allows it.
-    Raises BadModelError if the model can't be captured on these inputs.
+    protect: globs of tensors that keep their shape (`"head"`, `"layer1.*"`, `"*.attn"`, `"encoder.fc.weight"`): matched with
+            full tensor names and with the paths of the modules around them, so a module's glob covers all that is inside it.
+    prune:  the units to prune, as `Family.unit` has them ("channels", "heads", "neurons", "norm groups" ...; "heads" covers
+            key-value groups); families of other units stay. None = all.
+    granularity: what one group is, for the whole model or as {glob of module paths: value}; the first glob that matches counts.
+            "head" = whole attention heads (what attention asks for by default); "head_dim" = the same position inside all
+            heads of a layer; "group" = whole groups of a grouped convolution; "channel" = the same channel of all its groups
+            (the default where a group has several).
+    Raises BadModelError if the model can't be captured on these inputs, ConfigError for a glob that matches nothing and for
+    units and granularities that don't exist.
 
     Source: QADG analysis, GETA (arXiv 2502.16638) section 4. Deviation: coupling comes from labels propagated through
     ATen operators, not from a table of module classes.
     """
+    model = unwrap(model)
     args, kwargs = check_inputs(model, args, kwargs)
+    limits = Limits.of(protect, prune, granularity)
+    limits.check(model)
     captured = capture(model, args, kwargs, dynamic_shapes=dynamic_shapes)
-    solved = analyse_capture(model, captured, exact=exact)
-    families = build_families(solved.propagation, solved.partition, model)
-    return DependencyGraph(model, families, list(captured.notes), Example(args, kwargs, dynamic_shapes, exact))
+    solved = analyse_capture(model, captured, exact=exact, limits=limits)
+    found = solved.propagation
+    families = restrict(build_families(found, solved.partition, model), limits)
+    families = suggest(families, found, limits, _loosened(solved) if exact else None)
+    notes = [*captured.notes, *unused_granularity(found, limits)]
+    view = build_view(solved, families)
+    return DependencyGraph(model, families, notes, Example(args, kwargs, dynamic_shapes, exact, limits), view, find_branches(captured))
 
 
-def _tied_names(model: nn.Module) -> Any:
-    """name -> the first name under which the same tensor is registered."""
-    first: dict[int, str] = {}
-    same: dict[str, str] = {}
-    named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
-    for name, tensor in named:
-        same[canonical_name(name)] = first.setdefault(id(tensor), canonical_name(name))
-    return lambda name: same.get(name, name)
+def _loosened(solved: Analysis) -> Partition | None:
+    """What `exact=False` would find; None where it makes no difference."""
+    found, strict = solved.propagation, solved.partition
+    if not any(freeze.soft for freeze in found.constraints.freezes):
+        return None
+    if not strict.swayed:  # the same groups, so nothing has to be solved again
+        return replace(strict, frozen={root: reason for root, reason in strict.frozen.items() if root in strict.firm})
+    return Solver(found.space.size, found.constraints, exact=False).solve()

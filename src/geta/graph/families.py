@@ -45,6 +45,7 @@ class Family:
     reason:    in words: why not, or "" when prunable.
     members:   everything that shrinks when a group is removed.
     inexact:   why removal changes the result (only with `analyze(exact=False)`), else "".
+    suggestion: for a family that can't be pruned, what would make it prunable, in words; "" when nothing is known.
     """
 
     name: str
@@ -54,6 +55,7 @@ class Family:
     reason: str
     members: tuple[Member, ...]
     inexact: str = ""
+    suggestion: str = ""
 
     @property
     def zeroed(self) -> tuple[Member, ...]:

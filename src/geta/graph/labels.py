@@ -9,9 +9,11 @@ Label 0 means "belongs to no unit and must stay".
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 
 FIXED = 0
@@ -41,6 +43,12 @@ class LabelSpace:
         self.owners.append(Owner(tensor, node, dim, start, size))
         self.size += size
         return torch.arange(start, start + size, device="cpu"), len(self.owners) - 1
+
+    def of_tensor(self, code: torch.Tensor) -> bool:
+        """Whether a track's labels come from a parameter or buffer, judged by its first entry."""
+        label = int(code[(0,) * code.dim()]) >> 1
+        place = bisect.bisect_right(self.owners, label, key=lambda owner: owner.start) - 1
+        return label != FIXED and bool(self.owners[place].tensor)
 
 
 @dataclass(frozen=True)
@@ -82,24 +90,28 @@ def varying(code: torch.Tensor) -> tuple[int, ...]:
 
 def compress(code: torch.Tensor) -> torch.Tensor:
     """The same track with stride 0 along every dimension where it does not vary."""
-    shape = code.shape
-    for dim in range(code.dim()):
-        if shape[dim] > 1 and code.stride(dim) == 0:
-            code = code.narrow(dim, 0, 1)
-    for dim in range(code.dim()):
-        if code.shape[dim] > 1:
-            first = code.narrow(dim, 0, 1)
-            if bool((code == first).all()):
-                code = first
-    return code.expand(shape)
+    small = squeezed(code).numpy()
+    for dim in range(small.ndim if small.size else 0):
+        if small.shape[dim] > 1 and not _varies(small, dim):
+            small = small[(slice(None),) * dim + (slice(0, 1),)]
+    return torch.from_numpy(small).expand(code.shape)
+
+
+def _varies(array: np.ndarray, dim: int) -> bool:
+    """Whether any line along `dim` holds two values; a look at the first line usually tells."""
+    corner = array[(0,) * dim + (slice(None),) + (0,) * (array.ndim - dim - 1)]
+    if (corner != corner[0]).any():
+        return True
+    return bool((array != array[(slice(None),) * dim + (slice(0, 1),)]).any())
 
 
 def squeezed(code: torch.Tensor) -> torch.Tensor:
     """A compressed track with size 1 instead of stride 0: the smallest tensor that holds it."""
-    for dim in range(code.dim()):
-        if code.shape[dim] > 1 and code.stride(dim) == 0:
-            code = code.narrow(dim, 0, 1)
-    return code
+    strides = code.stride()
+    if 0 not in strides:
+        return code
+    sizes = [1 if stride == 0 else size for size, stride in zip(code.shape, strides, strict=True)]
+    return code.as_strided(sizes, strides, code.storage_offset())
 
 
 def never_zero(code: torch.Tensor) -> torch.Tensor:

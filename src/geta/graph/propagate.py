@@ -11,12 +11,19 @@ import torch
 import torch.utils._pytree as pytree
 from torch import fx
 
+from geta.errors import ConfigError
 from geta.graph.capture import Capture
-from geta.graph.context import Context, Ledger, concrete, concrete_shape
+from geta.graph.context import INTERNAL, Context, Ledger, Place, concrete, concrete_shape
+from geta.graph.decompose import decompose
 from geta.graph.labels import LabelSpace, Track, Value, along, never_zero, squeezed
 from geta.graph.rules import find_rule
+from geta.graph.rules.affine import recognise
+from geta.graph.rules.quantizers import special_rules
 from geta.graph.rules.registry import operator_name
 from geta.graph.solver import Constraints, Freeze
+
+UNUSED = "is never used in forward"
+"""Why nothing can be said about a tensor that the capture doesn't read."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +54,10 @@ def propagate(capture: Capture, same_tensor: Callable[[str], str], granularity: 
         return _Interpreter(capture, same_tensor, granularity).run()
 
 
+class Replaced:
+    """Stands for the result of an operator that was replaced by its decomposition."""
+
+
 class _Interpreter:
     def __init__(self, capture: Capture, same_tensor: Callable[[str], str], granularity: Callable[[str], str]) -> None:
         self._capture = capture
@@ -59,14 +70,20 @@ class _Interpreter:
         self._learnt: dict[fx.Node, tuple[int, int, int]] = {}
         self._tied: dict[str, Value] = {}
         self._storage: dict[fx.Node, fx.Node] = {}
+        self._replaced: set[fx.Node] = set()
+        self._kernels = _kernels(capture.graph)
+        holders = capture.graph.find_nodes(op="placeholder")
+        self._used = {same_tensor(capture.tensor_names[node.name]) for node in holders if node.users and node.name in capture.tensor_names}
+        self._special = special_rules(recognise(capture.graph))
 
     def run(self) -> Propagation:
-        for node in self._capture.graph.nodes:
+        for node in list(self._capture.graph.nodes):
+            if node in self._replaced:
+                continue
             if node.op == "placeholder":
                 self._values[node] = self._placeholder(node)
             elif node.op == "call_function":
-                self._values[node] = self._call(node)
-                self._note_aliases(node)
+                self._compute(node)
             elif node.op == "output":
                 self._output(node)
             self._learnt[node] = self._constraints.counts()
@@ -83,16 +100,39 @@ class _Interpreter:
             return Value(shape)
         name = self._same(name)
         if name not in self._tied:
+            # A constant of the graph can be cut but not zeroed: it is no tensor of the user's model.
+            settable = name not in self._capture.constants
             tracks = []
             for dim, size in enumerate(shape):
                 if size > 1:
                     labels, owner = self._space.new(size, dim, tensor=name)
-                    tracks.append(Track(along(2 * labels + 1, shape, dim), frozenset((owner,))))
-            self._tied[name] = Value(shape, tuple(tracks), derived=True)
-        if not node.users:
+                    if node in self._kernels and dim > 1:  # a kernel's height and width never shrink
+                        self._constraints.fixed.append((labels.numpy(), f"{INTERNAL}a spatial kernel"))
+                        continue
+                    tracks.append(Track(along(2 * labels + int(settable), shape, dim), frozenset((owner,) if settable else ())))
+            self._tied[name] = Value(shape, tuple(tracks), derived=settable)
+        if not node.users and name not in self._used:
             for track in self._tied[name].tracks:
-                self._constraints.fixed.append((squeezed(track.labels).reshape(-1).numpy(), "is never used in forward"))
+                self._constraints.fixed.append((squeezed(track.labels).reshape(-1).numpy(), UNUSED))
         return self._tied[name]
+
+    def _compute(self, node: fx.Node) -> None:
+        result = self._call(node)
+        if not isinstance(result, Replaced):
+            self._values[node] = result
+            self._note_aliases(node)
+
+    def _replace(self, node: fx.Node) -> Replaced | str:
+        """Try the operators that this one is made of; whatever has no rule among them gets its own second try."""
+        gone = [node, *node.users]
+        pieces = decompose(node)
+        if isinstance(pieces, str):
+            return pieces
+        self._replaced.update(gone if isinstance(node.meta["val"], (tuple, list)) else gone[:1])
+        for piece in pieces:
+            self._compute(piece)
+            self._learnt[piece] = self._constraints.counts()
+        return Replaced()
 
     def _call(self, node: fx.Node) -> Any:
         if not isinstance(node.target, torch._ops.OpOverload):
@@ -102,19 +142,29 @@ class _Interpreter:
         fake = node.meta.get("val")
         leaves = [leaf for leaf in pytree.tree_leaves(fake) if isinstance(leaf, torch.Tensor)]
         if not leaves:
-            self._unknown(node, inputs, "its result is not a tensor")
+            if node.target._schema.name == "aten::sym_size" and inputs:
+                dim = int(arguments["dim"])
+                for track in inputs[0].tracks:
+                    reason = f"its size is computed with at {self._capture.module_path(node) or 'the model itself'}"
+                    self._constraints.freezes.append(Freeze(track.labels, (dim % inputs[0].rank,), reason))
+            else:
+                self._unknown(node, inputs, "gives a number that depends on it")
             return pytree.tree_map(concrete, fake)
         labelled = any(value.tracks for value in inputs)
-        found = find_rule(node.target)
+        found = self._special.get(node) or find_rule(node.target)
         result: Any = NotImplemented
         if found is not None and (labelled or not inputs or found.__module__.endswith("factories")):
             path = self._capture.module_path(node)
             shared = (self._constraints, self._ledger)
             context = Context(node, arguments, path, self._space, shared, granularity=self._granularity(path))
-            result = found(context)
+            result = _checked(found(context), node, path)
+            _follows(context, result)
         if result is NotImplemented:
             if labelled:
-                self._unknown(node, inputs, "has no rule")
+                replaced = self._replace(node)
+                if isinstance(replaced, Replaced):
+                    return replaced
+                self._unknown(node, inputs, "has no rule" + (f" and {replaced}" if replaced else ""))
             derived = bool(inputs) and all(value.derived for value in inputs)
             result = pytree.tree_map_only(torch.Tensor, lambda leaf: Value(concrete_shape(leaf), (), derived), fake)
         self._written(node, result)
@@ -151,7 +201,9 @@ class _Interpreter:
     def _written(self, node: fx.Node, result: Any) -> None:
         """After an in-place operator: the written node has the new labels, and nobody who shares its storage is surely zero."""
         assert isinstance(node.target, torch._ops.OpOverload)
-        for argument, given in zip(node.target._schema.arguments, node.args, strict=False):
+        given_by_name = bind_arguments(node, lambda arg: arg)
+        for argument in node.target._schema.arguments:
+            given = given_by_name.get(argument.name)
             if argument.alias_info is None or not argument.alias_info.is_write or not isinstance(given, fx.Node):
                 continue
             base = self._storage.get(given, given)
@@ -173,6 +225,45 @@ class _Interpreter:
             for leaf in value if isinstance(value, (tuple, list)) else (value,):
                 if isinstance(leaf, Value):
                     self._constraints.ragged += [track.labels for track in leaf.tracks if len(track.dims) > 1]
+
+
+def _kernels(graph: fx.Graph) -> set[fx.Node]:
+    """Placeholders that are the weight of a convolution, as they are or after elementwise operators (a quantizer, a norm)."""
+    found: set[fx.Node] = set()
+    for node in graph.nodes:
+        if node.op != "call_function" or not operator_name(node.target).startswith(("aten::conv", "aten::_conv")):
+            continue
+        waiting = [bind_arguments(node, lambda arg: arg).get("weight")]
+        for source in waiting:  # grows while it is walked
+            if not isinstance(source, fx.Node) or not isinstance(source.meta.get("val"), torch.Tensor) or source in found:
+                continue
+            if source.op == "placeholder" and source.meta["val"].dim() > 2:
+                found.add(source)
+            shape = source.meta["val"].shape
+            waiting += [one for one in source.all_input_nodes if getattr(one.meta.get("val"), "shape", None) == shape]
+    return found
+
+
+def _checked(result: Any, node: fx.Node, path: str) -> Any:
+    """What a rule returned; ConfigError if it can't be the labels of this operator's results."""
+    if result is NotImplemented:
+        return result
+    fakes, found = pytree.tree_leaves(node.meta["val"]), pytree.tree_leaves(result)
+    shapes = [concrete_shape(fake) if isinstance(fake, torch.Tensor) else None for fake in fakes]
+    if len(fakes) != len(found) or any(getattr(one, "shape", None) != shape for one, shape in zip(found, shapes, strict=True)):
+        shown = [one.shape if isinstance(one, Value) else one for one in found]
+        raise ConfigError(
+            f"the rule of '{operator_name(node.target)}' returned {shown} for the call at {path or 'the model itself'}, whose results have "
+            f"the shapes {shapes}: return one Value per result, or NotImplemented"
+        )
+    return result
+
+
+def _follows(context: Context, result: Any) -> None:
+    """A tensor given as `out` is written over, so it keeps the indices of the result."""
+    target = context.arguments.get("out")
+    if isinstance(target, Value) and isinstance(result, Value):
+        context.align([Place(target, tuple(range(target.rank))), Place(result, tuple(range(result.rank)))], result.rank)
 
 
 def bind_arguments(node: fx.Node, resolve: Callable[[Any], Any]) -> dict[str, Any]:

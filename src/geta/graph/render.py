@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from geta.graph.branches import QuantizerBranch, summary
 from geta.graph.families import Family
 from geta.graph.names import find_tensor
 
@@ -41,8 +42,23 @@ def to_table(graph: DependencyGraph) -> str:
         f"{graph.num_groups} groups in {len(graph.prunable_families)} families can be removed; they touch tensors holding "
         f"{share:.0%} of the parameters."
     )
+    lines += [line for line in [summary(graph.quantizers)] if line]
+    lines += _suggestions(graph.families)
     lines += [f"note: {note}" for note in graph.notes]
     return "\n".join(lines)
+
+
+def _suggestions(families: list[Family]) -> list[str]:
+    """One line for everything that would make more families prunable."""
+    by_text: dict[str, list[Family]] = {}
+    for family in families:
+        if family.suggestion:
+            by_text.setdefault(family.suggestion, []).append(family)
+    lines = []
+    for text, found in by_text.items():
+        named = ", ".join(family.name for family in found[:3]) + (f" and {len(found) - 3} more" if len(found) > 3 else "")
+        lines.append(f"suggestion for {named} ({sum(family.size for family in found)} groups): {text}")
+    return lines
 
 
 def _each(family: Family) -> str:
@@ -66,7 +82,7 @@ def _tail(name: str) -> str:
 
 
 def to_dot(graph: DependencyGraph) -> str:
-    """Families (boxes) and the modules they touch (ellipses)."""
+    """Families (boxes) and the modules they touch (ellipses); quantizers attached to parameters (notes) or inserted (diamonds)."""
     lines = ["graph geta {", "  rankdir=LR;"]
     for number, family in enumerate(graph.families):
         colour = "palegreen" if family.prunable else "lightgrey"
@@ -74,7 +90,17 @@ def to_dot(graph: DependencyGraph) -> str:
         lines.append(f'  f{number} [shape=box, style=filled, fillcolor={colour}, label="{label}"];')
         for module in dict.fromkeys(member.param.rpartition(".")[0] or member.param for member in family.members):
             lines.append(f'  f{number} -- "{_escape(module)}";')
+    lines += [line for number, branch in enumerate(graph.quantizers) for line in _branch_lines(number, branch)]
     return "\n".join([*lines, "}"])
+
+
+def _branch_lines(number: int, branch: QuantizerBranch) -> list[str]:
+    """A quantizer and a dashed line to the module that it belongs to."""
+    shape = "note" if branch.kind == "attached" else "diamond"
+    bits = f"{branch.bits} bits" if branch.bits is not None else "learned bits"
+    module = branch.tensor.rpartition(".")[0] or branch.tensor if branch.tensor else branch.module or "the model itself"
+    label = _escape(f"{branch.tensor or branch.module or 'activation'}\\n{bits} per {branch.granularity}")
+    return [f'  q{number} [shape={shape}, label="{label}"];', f'  q{number} -- "{_escape(module)}" [style=dashed];']
 
 
 def _escape(text: str) -> str:

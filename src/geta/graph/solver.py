@@ -24,6 +24,8 @@ class Aligned:
     spans:   per operand, the letters that it really has (size > 1, not broadcast).
     bound:   letters that are summed over; a track that varies along one of them and along a letter of `batch` is bound
              along the summed one, because a sum over part of a slice per batch entry would be ragged (heads).
+    keep:    what the user wants of a track that varies along a letter of `batch` and along another one: "head" = whole
+             batch entries, "head_dim" = the same positions in all of them, "" = whatever leaves most.
     """
 
     tracks: tuple[tuple[int, torch.Tensor], ...]
@@ -31,6 +33,7 @@ class Aligned:
     bound: tuple[int, ...]
     batch: tuple[int, ...]
     reason: str
+    keep: str = ""
 
 
 @dataclass(frozen=True)
@@ -58,16 +61,26 @@ class Constraints:
     fixed: list[tuple[np.ndarray, str]] = field(default_factory=list)
     ragged: list[torch.Tensor] = field(default_factory=list)
     units: list[tuple[np.ndarray, str]] = field(default_factory=list)  # labels and what one group of them is called
+    wishes: list[tuple[np.ndarray, str]] = field(default_factory=list)  # as fixed, but any other reason is told first
+
+    def counts(self) -> tuple[int, int, int]:
+        """How many freezes, fixed runs and alignments are known by now; tells later which operator brought which."""
+        return len(self.freezes), len(self.fixed), len(self.aligned)
 
 
 @dataclass(frozen=True)
 class Partition:
-    """root[label] = group id; frozen / inexact: group id -> reason."""
+    """root[label] = group id; frozen / inexact: group id -> reason; firm: the frozen ids that `exact=False` would not free.
+
+    swayed: whether a reason that `exact=False` overrides decided how a ragged tensor was bound, so that `firm` is not sure.
+    """
 
     root: np.ndarray
     frozen: dict[int, str]
     inexact: dict[int, str]
     units: dict[int, str]
+    firm: frozenset[int] = frozenset()
+    swayed: bool = False
 
 
 class Solver:
@@ -76,18 +89,30 @@ class Solver:
     def __init__(self, size: int, constraints: Constraints, *, exact: bool) -> None:
         self._constraints = constraints
         self._exact = exact
+        self._units = list(constraints.units)
         self._root = np.arange(size, dtype=np.int64)
         self._sources: list[np.ndarray] = []
         self._targets: list[np.ndarray] = []
         self._texts: list[str] = [""]
         self._reason = np.zeros(size, dtype=np.int32)  # label -> number of its reason to stay; 0 = none
+        self._firm = np.zeros(size, dtype=bool)  # label -> one of its reasons stays under exact=False
+        self._swayed = False
+        self._yields = np.zeros(size, dtype=bool)  # label -> its reason is a mere wish
         self._soft = np.zeros(size, dtype=np.int32)  # the same for reasons that exact=False overrides
 
     def solve(self) -> Partition:
         for left, right in self._constraints.edges:
             self._join(left, right, "")
+        for wished, reason in self._constraints.wishes:
+            self._freeze(wished, reason)
+            self._yields[wished] = True
         for fixed, reason in self._constraints.fixed:
             self._freeze(fixed, reason)
+        self._merge()
+        # What the user wants is bound before anything else is joined: a score per head must not be taken for a head's first channel.
+        for item in self._constraints.aligned:
+            for _, labels in item.tracks if item.keep else ():
+                self._obey(item, self._canonical_removable(labels))
         self._merge()
         open_aligned = list(self._constraints.aligned)
         while True:
@@ -102,11 +127,13 @@ class Solver:
             for _, labels in item.tracks:
                 self._freeze(squeezed(labels), item.reason)
         self._apply_freezes()
-        units = {int(root): unit for labels, unit in self._constraints.units for root in np.unique(self._root[labels])}
-        return Partition(self._root, self._by_root(self._reason), self._by_root(self._soft), units)
+        units = {int(root): unit for labels, unit in self._units for root in np.unique(self._root[labels])}
+        firm = frozenset(np.unique(self._root[np.flatnonzero(self._firm)]).tolist())
+        return Partition(self._root, self._by_root(self._reason), self._by_root(self._soft), units, firm, self._swayed)
 
     def _by_root(self, reason: np.ndarray) -> dict[int, str]:
         labels = np.flatnonzero(reason)
+        labels = labels[np.argsort(self._yields[labels], kind="stable")]
         roots, first = np.unique(self._root[labels], return_index=True)
         return {int(root): self._texts[reason[labels[at]]] for root, at in zip(roots, first, strict=True)}
 
@@ -123,12 +150,15 @@ class Solver:
         self._targets.append(right[loose])
         self._freeze(np.concatenate([right[left == FIXED], left[right == FIXED]]), reason)
 
-    def _freeze(self, labels: np.ndarray | torch.Tensor, reason: str, *, soft: bool = False) -> None:
+    def _freeze(self, labels: np.ndarray | torch.Tensor, reason: str, *, soft: bool = False, firm: bool = True) -> None:
         """Mark labels that must stay; the first reason given to a label is kept."""
         flat = np.asarray(labels).reshape(-1)
+        if firm:
+            self._firm[flat[flat != FIXED]] = True
         marks = self._soft if soft else self._reason
-        flat = flat[(flat != FIXED) & (marks[flat] == 0)]
+        flat = flat[(flat != FIXED) & ((marks[flat] == 0) | (self._yields[flat] & (not soft)))]
         if flat.size:
+            self._yields[flat] &= soft
             self._texts.append(reason)
             marks[flat] = len(self._texts) - 1
 
@@ -161,12 +191,7 @@ class Solver:
             dims = varying(code)
             if len(dims) > 1:
                 settled = False
-                for letter in item.bound:
-                    if letter in dims and any(other in dims for other in item.batch):
-                        self._bind(code, (letter,))
-                        self._constraints.units.append((np.unique(squeezed(code)), "heads"))
-                for letter in sorted(decided & set(dims)):
-                    self._bind(code, tuple(dim for dim in dims if dim != letter))
+                self._choose(item, code, decided)
             if not dims:
                 continue
             if dims in by_dims:
@@ -178,6 +203,30 @@ class Solver:
             self._check_spans(item, views)
         return settled
 
+    def _choose(self, item: Aligned, code: torch.Tensor, decided: set[int]) -> None:
+        """Bind a track that varies along several letters, where the operator or the user says along which."""
+        if self._obey(item, code):
+            return
+        dims = varying(code)
+        for letter in item.bound:
+            if letter in dims and any(other in dims for other in item.batch):
+                self._bind(code, (letter,))
+                self._units.append((np.unique(squeezed(code)), "heads"))
+        for letter in sorted(decided & set(dims)):
+            self._bind(code, tuple(dim for dim in dims if dim != letter))
+
+    def _obey(self, item: Aligned, code: torch.Tensor) -> bool:
+        """Bind a track as the user wants it; False where the user's wish says nothing about it."""
+        dims = varying(code)
+        outer = tuple(dim for dim in dims if dim in item.batch)
+        inner = tuple(dim for dim in dims if dim not in item.batch)
+        if not (item.keep and outer and inner):
+            return False
+        whole = item.keep == "head"
+        self._bind(code, inner if whole else outer)
+        self._units.append((np.unique(squeezed(code)), "heads" if whole else "head dims"))
+        return True
+
     def _canonical_removable(self, labels: torch.Tensor) -> torch.Tensor:
         """The canonical track; where it is ragged, what must stay anyway counts as FIXED: only the rest could become ragged."""
         code = self.canonical(labels)
@@ -185,7 +234,10 @@ class Solver:
             return code
         stays = np.zeros(len(self._root), dtype=bool)
         stays[self._root[np.flatnonzero(self._reason)]] = True
+        firm = np.zeros(len(self._root), dtype=bool)
+        firm[self._root[np.flatnonzero(self._firm)]] = True
         small = squeezed(code)
+        self._swayed |= bool((stays & ~firm)[small.numpy()].any())
         return compress(torch.where(torch.from_numpy(stays[small.numpy()]), FIXED, small).expand(code.shape))
 
     def _check_spans(self, item: Aligned, views: list[tuple[int, torch.Tensor]]) -> None:
@@ -211,7 +263,7 @@ class Solver:
             dims = varying(code)
             if len(dims) == 1 and dims[0] in freeze.dims:
                 stays = squeezed(code) if freeze.only is None else freeze.only
-                self._freeze(stays, freeze.reason, soft=freeze.soft and not self._exact)
+                self._freeze(stays, freeze.reason, soft=freeze.soft and not self._exact, firm=not freeze.soft)
 
     def _straighten(self) -> bool:
         """Bind ragged tracks along all dimensions but the one that leaves most removable groups; True if any was bound."""
@@ -219,22 +271,36 @@ class Solver:
         found = False
         tracks = self._constraints.ragged + [labels for item in self._constraints.aligned for _, labels in item.tracks]
         frozen = set(self._by_root(self._reason))
+        freezes: list[tuple[Freeze, set[int]]] | None = None
         for labels in tracks:
             code = self._canonical_removable(labels)
             dims = varying(code)
             if len(dims) < 2:
                 continue
+            freezes = self._open_freezes() if freezes is None else freezes
             roots = set(torch.unique(squeezed(code)).tolist()) - {FIXED}
             if roots <= frozen or roots & touched:
                 found = found or bool(roots & touched)
                 continue
-            keep = max(dims, key=lambda dim: (self._groups_left(code, dim), -dim))
+            left = [(self._groups_left(code, dim, freezes), -dim) for dim in dims]
+            keep = dims[left.index(max(left))]
             self._bind(code, tuple(dim for dim in dims if dim != keep))
             touched |= roots
             found = True
         return found
 
-    def _groups_left(self, code: torch.Tensor, keep: int) -> int:
+    def _open_freezes(self) -> list[tuple[Freeze, set[int]]]:
+        """Freezes that have not struck because their track is ragged, with the groups they would concern."""
+        found = []
+        for freeze in self._constraints.freezes:
+            if freeze.soft and not self._exact:
+                continue
+            code = self.canonical(freeze.labels)
+            if len(varying(code)) > 1:
+                found.append((freeze, set(torch.unique(squeezed(code)).tolist())))
+        return found
+
+    def _groups_left(self, code: torch.Tensor, keep: int, freezes: list[tuple[Freeze, set[int]]]) -> int:
         """How many removable groups a ragged track leaves when it may vary along `keep` alone."""
         small = squeezed(code)
         rows = small.movedim(keep, 0).reshape(small.shape[keep], -1).numpy()
@@ -249,12 +315,10 @@ class Solver:
         trial = mapping[trial]
         stuck = {*mapping[self._root[np.flatnonzero(self._reason)]].tolist(), int(mapping[FIXED])}
         mine = set(involved.tolist())
-        for freeze in self._constraints.freezes:
-            if freeze.soft and not self._exact:
+        for freeze, concerned in freezes:
+            if not mine & concerned:
                 continue
-            raw = self.canonical(freeze.labels)
-            if len(varying(raw)) < 2 or not mine & set(torch.unique(squeezed(raw)).tolist()):
-                continue
+            self._swayed |= freeze.soft
             after = canonical(trial, freeze.labels)
             if any(dim in freeze.dims for dim in varying(after)):
                 stuck |= set(torch.unique(squeezed(after)).tolist())

@@ -2,33 +2,30 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
+import warnings
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal, overload
 
-import numpy as np
 import torch
 import torch.utils._pytree as pytree
 from torch import fx, nn
 
 from geta.cost import Cost, cost_of_graph
 from geta.errors import BadModelError, ConfigError
-from geta.graph.capture import capture, mode_of
-from geta.graph.dependency import Analysis, DependencyGraph, analyse_capture
+from geta.graph.dependency import Analysis, DependencyGraph
 from geta.graph.families import Selection
-from geta.graph.names import canonical_name, find_tensor
+from geta.graph.names import canonical_name, find_tensor, unwrap
+from geta.graph.preserve import mode_of
 from geta.quant.quantizer import Quantizer
 from geta.subnet.comparison import max_difference, needs_float64, outputs
+from geta.subnet.eager import compact_eager
 from geta.subnet.integers import Quantized, drop_unused, store_integers
 from geta.subnet.model import CompactInfo, CompactModel
 from geta.subnet.program import Program, from_capture
-from geta.subnet.rewrite import Kept, KeptIndices, rewrite
+from geta.subnet.removal import CAPTURE_TOLERANCE, TOLERANCE, analysed, checked_selection, removed_roots, sliced, tensor_names, zeroed
+from geta.subnet.rewrite import KeptIndices, rewrite
 
-TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
-"""Relative difference between zeroed and compact model above which `compact` refuses: far above rounding, far below a wrong cut."""
-CAPTURE_TOLERANCE = 1e-2
-"""The same between a quantized or half-precision model and its captured graph, where one flipped rounding step may show."""
+Product = Literal["graph", "eager", "auto"]
 
 
 @dataclass(frozen=True)
@@ -42,6 +39,7 @@ class _Cut:
     out_spec: pytree.TreeSpec
 
 
+@overload
 def compact(
     model: nn.Module,
     graph: DependencyGraph,
@@ -49,33 +47,79 @@ def compact(
     *,
     integers: bool = True,
     verify: bool = True,
-) -> CompactModel:
+    product: Literal["graph"] = "graph",
+) -> CompactModel: ...
+
+
+@overload
+def compact(
+    model: nn.Module,
+    graph: DependencyGraph,
+    selection: Selection | None = None,
+    *,
+    integers: bool = True,
+    verify: bool = True,
+    product: Literal["eager", "auto"],
+) -> nn.Module: ...
+
+
+def compact(
+    model: nn.Module,
+    graph: DependencyGraph,
+    selection: Selection | None = None,
+    *,
+    integers: bool = True,
+    verify: bool = True,
+    product: Product = "graph",
+) -> nn.Module:
     """Return the smaller network that computes exactly what `model` computes with the selected groups zeroed.
 
     selection: {family: BoolTensor, True = remove}; None = the groups that are zero in `model` (after training with QASSO).
     integers:  store quantized weights as integer codes and a scale, bitwise the values that the fake quantizer computes;
-               False keeps the float weights behind their quantizers, for training on.
+               False keeps the float weights behind their quantizers, for training on. (The eager product always keeps them.)
     verify:    compare with the zeroed model on the example inputs of `analyze`; a difference beyond rounding raises.
-    `model` is not changed. The result has a training graph too, if the model can be captured in training mode.
+    product:   "graph" = a CompactModel, which exists for every model; it has a training graph too, if the model can be captured in
+               training mode. "eager" = a smaller instance of the model's own class, see `compact_eager`, or a BadModelError that
+               says why there is none. "auto" = the eager product, else the graph product with that reason among its `info.notes`.
+    `model` is not changed.
     Raises ConfigError for a selection that doesn't fit, BadModelError if the model changed since it was analysed.
     """
-    if model is not graph.model and type(model) is not type(graph.model):
-        raise ConfigError(f"the graph was made from a {type(graph.model).__name__}, the model is a {type(model).__name__}")
-    if selection is None:
-        selection = _never_empty(graph.zero_groups(model))
-    graph.check_selection(selection)
+    model = unwrap(model)
+    selection = checked_selection(model, graph, selection)
+    if product not in ("graph", "eager", "auto"):
+        raise ConfigError(f"product is {product!r}; it must be 'graph', 'eager' or 'auto'")
+    if product == "graph":
+        return _graph_product(model, graph, selection, integers=integers, verify=verify)
+    if not verify:
+        raise ConfigError(f"product='{product}' needs verify=True: only the comparison tells whether there is an eager product")
+    try:
+        eager = compact_eager(model, graph, selection)
+    except BadModelError as error:
+        if product == "eager":
+            raise
+        small = _graph_product(model, graph, selection, integers=integers, verify=verify)
+        small.info = replace(small.info, notes=[*small.info.notes, str(error)])
+        return small
+    for note in eager.notes:
+        warnings.warn(note, stacklevel=2)
+    return eager.model
+
+
+def _graph_product(model: nn.Module, graph: DependencyGraph, selection: Selection, *, integers: bool, verify: bool) -> CompactModel:
     notes = list(graph.notes)
-    with _zeroed(model, graph, selection):
-        evaluated = _analysed(model, graph, train=False)
+    with zeroed(model, graph, selection):
+        evaluated = analysed(model, graph, train=False)
         whole = _cut(model, evaluated, graph, {}, integers=integers)
         small = _cut(model, evaluated, graph, selection, integers=integers)
         programs, tensors = {"eval": small.program}, dict(small.tensors)
         try:
-            trained = _cut(model, _analysed(model, graph, train=True), graph, selection, integers=integers)
+            training = analysed(model, graph, train=True)
+            trained = _cut(model, training, graph, selection, integers=integers)
         except BadModelError as error:
             notes.append(f"no training graph: {error}")
         else:
             programs["train"] = trained.program
+            notes += [note for note in training.capture.notes if note not in notes]
             tensors.update({name: tensor for name, tensor in trained.tensors.items() if name not in tensors})
         info = _info(graph, selection, small.quantized, _dense_cost(model, whole, _example_leaves(graph, evaluated)), notes)
         uncut = CompactModel({"eval": whole.program}, whole.tensors, info, out_spec=whole.out_spec) if verify else None
@@ -86,38 +130,10 @@ def compact(
     return result
 
 
-def _never_empty(selection: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """A family that is zero altogether keeps its first group: a layer without channels is not a layer."""
-    for remove in selection.values():
-        if bool(remove.all()):
-            remove[0] = False
-    return selection
-
-
-@contextlib.contextmanager
-def _zeroed(model: nn.Module, graph: DependencyGraph, selection: Selection) -> Iterator[None]:
-    """Zero the selected groups for the time of the block, and give the user's values back."""
-    names = {m.param for family in graph.families if family.name in selection for m in family.zeroed}
-    before = [(find_tensor(model, name), find_tensor(model, name).detach().clone()) for name in sorted(names)]
-    try:
-        graph.zero_(model, selection)
-        yield
-    finally:
-        with torch.no_grad():
-            for tensor, value in before:
-                tensor.copy_(value)
-
-
-def _analysed(model: nn.Module, graph: DependencyGraph, *, train: bool) -> Analysis:
-    example = graph.example
-    captured = capture(model, example.args, example.kwargs, dynamic_shapes=example.dynamic_shapes, train=train)
-    return analyse_capture(model, captured, exact=example.exact)
-
-
 def _cut(model: nn.Module, analysis: Analysis, graph: DependencyGraph, selection: Selection, *, integers: bool) -> _Cut:
     tied = {node.name: analysis.propagation.values[node] for node in analysis.capture.graph.find_nodes(op="placeholder")}
-    kept = KeptIndices(analysis, _removed_roots(analysis, graph, selection))
-    canonical = _tensor_names(model, analysis)
+    kept = KeptIndices(analysis, removed_roots(analysis, graph, selection))
+    canonical = tensor_names(model, analysis)
     program, mapping = from_capture(analysis.capture, canonical)
     rewrite(analysis, mapping, kept)
     _record_examples(program.graph, _example_leaves(graph, analysis))
@@ -126,67 +142,21 @@ def _cut(model: nn.Module, analysis: Analysis, graph: DependencyGraph, selection
     def read(name: str) -> torch.Tensor:
         return analysis.capture.constants[name] if name in analysis.capture.constants else find_tensor(model, name)
 
-    tensors = {name: _sliced(read(name), stays) for name, stays in cut.items()}
+    tensors = {name: sliced(read(name), stays) for name, stays in cut.items()}
     quantized = Quantized()
     if integers:
         quantized, stored = store_integers(program.graph, lambda name: read(name).detach(), _quantizer_names(model))
         for item in stored:
-            tensors[item.codes_name] = _sliced(item.codes, cut[item.weight])
-            tensors[item.scale_name] = _sliced(read(item.step).detach(), cut[item.step])
+            tensors[item.codes_name] = sliced(item.codes, cut[item.weight])
+            tensors[item.scale_name] = sliced(read(item.step).detach(), cut[item.step])
     drop_unused(program.graph)
     used = set(program.tensor_names())
     mine = [name for name in cut if name not in analysis.capture.constants]
     return _Cut(program, {name: t for name, t in tensors.items() if name in used}, mine, quantized, analysis.capture.out_spec)
 
 
-def _removed_roots(analysis: Analysis, graph: DependencyGraph, selection: Selection) -> np.ndarray:
-    """Classes of this capture that hold the removed indices; they must not hold anything else."""
-    starts = {(owner.tensor, owner.dim): owner for owner in analysis.propagation.space.owners if owner.tensor}
-    root = analysis.partition.root
-    chosen = np.zeros(len(root), dtype=bool)
-    for family in graph.families:
-        remove = selection.get(family.name)
-        if remove is None or not bool(remove.any()):
-            continue
-        for member in family.members:
-            owner = starts.get((member.param, member.dim))
-            if owner is None:
-                continue  # this capture doesn't read it (running statistics in training mode, say)
-            chosen[owner.start + member.index[remove].reshape(-1).numpy()] = True
-    roots = np.unique(root[chosen])
-    for owner in starts.values():
-        labels = np.arange(owner.start, owner.start + owner.size)
-        if (np.isin(root[labels], roots) & ~chosen[labels]).any():
-            raise BadModelError(
-                f"'{owner.tensor}' is coupled differently than when the graph was made; analyze the model again and select again"
-            )
-    frozen = [analysis.partition.frozen[int(one)] for one in roots if int(one) in analysis.partition.frozen]
-    if frozen:
-        raise BadModelError(f"a selected group can't be removed from the model as it is now: it {frozen[0]}; analyze it again")
-    return roots
-
-
-def _tensor_names(model: nn.Module, analysis: Analysis) -> dict[str, str]:
-    """Placeholder -> tensor name; tied tensors share the first of their names."""
-    first: dict[int, str] = {}
-    names = {}
-    for placeholder, name in analysis.capture.tensor_names.items():
-        constant = analysis.capture.constants.get(name)
-        names[placeholder] = first.setdefault(id(find_tensor(model, name) if constant is None else constant), name)
-    return names
-
-
 def _quantizer_names(model: nn.Module) -> dict[str, str]:
     return {canonical_name(f"{path}.d"): module.name for path, module in model.named_modules() if isinstance(module, Quantizer)}
-
-
-def _sliced(tensor: torch.Tensor, kept: Kept) -> torch.Tensor:
-    """A copy that keeps only these indices; parameters stay parameters."""
-    data = tensor.detach()
-    for dim, indices in kept.items():
-        data = data.index_select(dim, indices.to(data.device))
-    data = data.clone(memory_format=torch.contiguous_format)
-    return nn.Parameter(data, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else data
 
 
 def _example_leaves(graph: DependencyGraph, analysis: Analysis) -> list[Any]:

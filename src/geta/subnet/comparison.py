@@ -10,8 +10,18 @@ import torch
 import torch.utils._pytree as pytree
 from torch import fx
 
+from geta.graph.rules.registry import operator_name
+
 if TYPE_CHECKING:
     from geta.subnet.model import CompactModel
+
+_SINGLE_ONLY = (
+    "aten::fake_quantize_",
+    "aten::_fake_quantize_learnable_",
+    "quantized_decomposed::",
+    "aten::fused_moving_avg_obs_fake_quant",
+)
+_ROUNDING = (*_SINGLE_ONLY, "geta::fake_quantize", "aten::round", "torchao::quantize_affine")
 
 
 def max_difference(expected: list[Any], found: list[Any]) -> tuple[float, float]:
@@ -31,7 +41,8 @@ def max_difference(expected: list[Any], found: list[Any]) -> tuple[float, float]
     for (a, b), scale in zip(pairs, scales, strict=True):
         gap = _gap(a, b)
         worst = max(worst, gap)
-        relative = max(relative, gap / max(scale, 1e-3 * largest) if gap else 0.0)
+        size = max(scale, 1e-3 * largest)
+        relative = max(relative, (gap / size if size else math.inf) if gap else 0.0)
     return worst, relative
 
 
@@ -46,7 +57,14 @@ def _gap(a: torch.Tensor, b: torch.Tensor) -> float:
 def needs_float64(model: CompactModel) -> bool:
     """A fake-quantized network in float32 may differ from its equal by a whole rounding step, a half-precision one by more."""
     narrow = (torch.float16, torch.bfloat16)
-    return bool(model.info.bits) or any(tensor.dtype in narrow for tensor in model.tensors().values())
+    nodes = model.programs["eval"].graph.nodes
+    rounds = any(_name(node).startswith(_ROUNDING) or any(dtype in narrow for dtype in _dtypes(node)) for node in nodes)
+    return rounds or bool(model.info.bits) or any(tensor.dtype in narrow for tensor in model.tensors().values())
+
+
+def _dtypes(node: fx.Node) -> list[torch.dtype]:
+    """The dtypes that a call writes down."""
+    return [leaf for leaf in pytree.tree_leaves((node.args, dict(node.kwargs))) if isinstance(leaf, torch.dtype)]
 
 
 def outputs(model: CompactModel, args: tuple[Any, ...], kwargs: Mapping[str, Any], *, double: bool) -> list[Any]:
@@ -64,6 +82,8 @@ def widened(model: CompactModel) -> CompactModel:
 
 
 def _wide(tensor: torch.Tensor) -> torch.Tensor:
+    if tensor.is_complex():
+        return tensor.detach().to(torch.complex128)
     return tensor.detach().double() if tensor.is_floating_point() else tensor.detach()
 
 
@@ -71,11 +91,27 @@ def _widened_graph(graph: fx.Graph) -> fx.Graph:
     wide = fx.Graph()
     mapping: dict[fx.Node, fx.Node] = {}
     for node in graph.nodes:
+        if _name(node).startswith(_SINGLE_ONLY):
+            args, kwargs = pytree.tree_map_only(fx.Node, lambda n: mapping[n], (node.args, dict(node.kwargs)))
+            mapping[node] = wide.call_function(_in_single, (node.target, *args), kwargs)
+            continue
         mapping[node] = wide.node_copy(node, lambda n: mapping[n])
         mapping[node].args = pytree.tree_map_only(torch.dtype, _wide_dtype, mapping[node].args)
         mapping[node].kwargs = pytree.tree_map_only(torch.dtype, _wide_dtype, mapping[node].kwargs)
     return wide
 
 
+def _in_single(operator: Any, *args: Any, **kwargs: Any) -> Any:
+    """Run a quantizer that takes nothing but float32 between two casts: of equal numbers it makes equal numbers."""
+    args, kwargs = pytree.tree_map_only(torch.Tensor, lambda t: t.float() if t.is_floating_point() else t, (args, kwargs))
+    return pytree.tree_map_only(torch.Tensor, _wide, operator(*args, **kwargs))
+
+
+def _name(node: fx.Node) -> str:
+    return operator_name(node.target) if node.op == "call_function" else ""
+
+
 def _wide_dtype(dtype: torch.dtype) -> torch.dtype:
+    if dtype.is_complex:
+        return torch.complex128
     return torch.float64 if dtype in (torch.float32, torch.float16, torch.bfloat16) else dtype

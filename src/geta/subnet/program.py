@@ -72,4 +72,6 @@ def from_capture(capture: Capture, canonical: Mapping[str, str]) -> tuple[Progra
         elif node.op == "call_function":
             mapping[node] = graph.node_copy(node, lambda n: mapping[n])
             mapping[node].meta = {"module_path": capture.module_path(node)}  # shapes of before the cut would mislead
+            if node.meta.get("example") is not None:  # a size that only a run can tell
+                mapping[node].meta["example"] = node.meta["example"]
     return Program(graph, describe(capture.in_spec), describe(capture.out_spec)), mapping

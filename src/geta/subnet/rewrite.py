@@ -28,11 +28,11 @@ _aten = torch.ops.aten
 
 
 def rewrites(*names: str) -> Callable[[Callable[[Edit], None]], Callable[[Edit], None]]:
-    """Register how an operator's constants follow a removal."""
+    """Register how an operator's constants follow a removal: `@rewrites("view")` for `aten::view`, `@rewrites("mylib::op")` for others."""
 
     def register(function: Callable[[Edit], None]) -> Callable[[Edit], None]:
         for name in names:
-            _REWRITERS[f"aten::{name}"] = function
+            _REWRITERS[name if "::" in name else f"aten::{name}"] = function
         return function
 
     return register
@@ -130,6 +130,7 @@ def rewrite(analysis: Analysis, mapping: Mapping[fx.Node, fx.Node], kept: KeptIn
     for node, new in mapping.items():
         if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
             continue
+        _resize_example(new, kept.of(node))
         name = operator_name(node.target)
         rewriter = _REWRITERS.get(name) or _REWRITERS.get(name.removesuffix("_"))
         if rewriter is None:
@@ -137,6 +138,14 @@ def rewrite(analysis: Analysis, mapping: Mapping[fx.Node, fx.Node], kept: KeptIn
         touched = any(kept.of(source) for source in node.all_input_nodes) or kept.of(node)
         if touched:
             rewriter(Edit(node, new, kept, values))
+
+
+def _resize_example(new: fx.Node, kept: Kept) -> None:
+    """Sizes that a run of the uncut graph told follow the cut."""
+    example = new.meta.get("example")
+    if kept and example is not None and "shape" in example:
+        shape = [len(kept[dim]) if dim in kept else size for dim, size in enumerate(example["shape"])]
+        new.meta["example"] = {**example, "shape": shape}
 
 
 @rewrites(
@@ -156,6 +165,9 @@ def rewrite(analysis: Analysis, mapping: Mapping[fx.Node, fx.Node], kept: KeptIn
 def _sizes(edit: Edit) -> None:
     names = [argument.name for argument in edit.node.target._schema.arguments]  # type: ignore[union-attr]
     edit.sizes("size" if "size" in names else "shape")
+    if operator_name(edit.node.target) == "aten::_reshape_alias":  # its strides were those of the whole tensor
+        edit.new.target = _aten.reshape.default
+        edit.new.args = edit.new.args[:2]
 
 
 @rewrites("unflatten")
@@ -247,10 +259,14 @@ def _conv(edit: Edit) -> None:
     edit.set("groups", total // edit.new_size(1, weight))
 
 
-@rewrites("group_norm")
+@rewrites("group_norm", "native_group_norm")
 def _group_norm(edit: Edit) -> None:
     source = edit.argument("input")
-    edit.set("num_groups", edit.argument("num_groups") * edit.new_size(1, source) // edit.shape(source)[1])
+    native = operator_name(edit.node.target) == "aten::native_group_norm"
+    name = "group" if native else "num_groups"
+    edit.set(name, edit.argument(name) * edit.new_size(1, source) // edit.shape(source)[1])
+    if native:
+        edit.set("C", edit.new_size(1, source))
 
 
 @rewrites("layer_norm", "rms_norm", "native_layer_norm")
@@ -279,3 +295,20 @@ def _squeeze(edit: Edit) -> None:
     single = [dim % len(shape) for dim in dims if shape[dim] == 1]
     edit.new.target = _aten.squeeze.dims
     edit.new.args, edit.new.kwargs = (edit.new.args[0], single), {}
+
+
+@rewrites("torchao::choose_qparams_affine", "torchao::quantize_affine", "torchao::dequantize_affine")
+def _blocks(edit: Edit) -> None:
+    """A block that spans a whole dimension goes on doing so; smaller blocks go or stay as they are."""
+    source = edit.argument("input")
+    sizes = zip(edit.argument("block_size"), edit.shape(source), strict=True)
+    edit.set("block_size", [edit.new_size(dim, source) if block == size else block for dim, (block, size) in enumerate(sizes)])
+
+
+@rewrites("quantized_decomposed::quantize_per_channel_group", "quantized_decomposed::dequantize_per_channel_group")
+def _groups(edit: Edit) -> None:
+    """The same for groups along the last dimension."""
+    source = edit.argument("input")
+    last = len(edit.shape(source)) - 1
+    if edit.argument("group_size") == edit.shape(source)[last]:
+        edit.set("group_size", edit.new_size(last, source))

@@ -18,8 +18,11 @@ from geta.graph.rules.elementwise import pointwise
 from geta.graph.rules.registry import rule
 
 
-def contract(ctx: Context, left: Place, right: Place, out: Sequence[int], shape: Sequence[int]) -> Value:
-    """sum over the letters that `out` lacks of left * right; `shape` is the result's shape in the order of `out`."""
+def contract(ctx: Context, left: Place, right: Place, out: Sequence[int], shape: Sequence[int], *, joined: int = -1) -> Value:
+    """sum over the letters that `out` lacks of left * right; `shape` is the result's shape in the order of `out`.
+
+    joined: a letter along which the operands were bound: what a summed operand leaves along it alone is no unit of the result.
+    """
     rank = 1 + max((*left.letters, *right.letters, *out))
     shared = [letter for letter in left.letters if letter in right.letters]
     summed = [letter for letter in shared if letter not in out]
@@ -35,7 +38,7 @@ def contract(ctx: Context, left: Place, right: Place, out: Sequence[int], shape:
     tracks: list[Track] = []
     for place in (left, right):
         laid = [Track(compress(_result(ctx, track, place, out, rank).expand(tuple(shape))), track.origins) for track in place.value.tracks]
-        tracks = _joined(tracks, [track for track in laid if track.dims])
+        tracks = _joined(tracks, [track for track in laid if track.dims and [out[dim] for dim in track.dims] != [joined]])
     return make_value(shape, _without_subsets(tracks, [place for place, letter in enumerate(out) if letter in batch]), derived)
 
 
@@ -126,7 +129,7 @@ def linear(ctx: Context) -> Value:
     return _add_bias(ctx, out, ctx["bias"], out.rank - 1)
 
 
-@rule("aten::mm", "aten::bmm", "aten::matmul", "aten::mv", "aten::dot", "aten::__matmul__")
+@rule("aten::mm", "aten::bmm", "aten::matmul", "aten::mv", "aten::dot", "aten::vdot")
 def matmul(ctx: Context) -> Value:
     """y[..., m, n] = sum_k a[..., m, k] b[..., k, n], leading dimensions broadcast."""
     left, right = (value for value in ctx.arguments.values() if isinstance(value, Value))
@@ -146,11 +149,35 @@ def product(ctx: Context, left: Value, right: Value, shape: Sequence[int]) -> Va
     return contract(ctx, Place(left, letters_l), Place(right, letters_r), out, shape)
 
 
+@rule("aten::_grouped_mm", "transformers::grouped_mm_fallback")
+def grouped_matmul(ctx: Context) -> Any:
+    """y[t, n] = sum_k x[t, k] w[e(t), k, n]: rows of x in runs, one run for each expert e. Experts stay, k and n do not have to."""
+    values = [value for value in ctx.arguments.values() if isinstance(value, Value)]
+    x, weight = values[0], values[1]
+    if x.rank != 2 or weight.rank != 3:
+        return NotImplemented
+    ctx.freeze(x, (0,), f"is divided among experts in {ctx.where}")
+    ctx.freeze(weight, (0,), f"is one of several experts in {ctx.where}")
+    ctx.freeze_all(values[2:], f"says where an expert's rows begin in {ctx.where}")
+    return contract(ctx, Place(x, (3, 0)), Place(weight, (2, 0, 1)), (3, 1), ctx.shape)
+
+
 @rule("aten::addmm", "aten::baddbmm", "aten::addmv")
 def addmm(ctx: Context) -> Value:
     """beta * self + alpha * a @ b."""
     added, left, right = (value for value in ctx.arguments.values() if isinstance(value, Value))
     return pointwise(ctx, [product(ctx, left, right, ctx.shape), added], "and")
+
+
+@rule("aten::bilinear")
+def bilinear(ctx: Context) -> Value:
+    """y[..., o] = sum_ij a[..., i] w[o, i, j] b[..., j] + c[o]."""
+    left, right, weight = ctx["input1"], ctx["input2"], ctx["weight"]
+    lead = tuple(range(3, 2 + left.rank))
+    shape = (*left.shape[:-1], weight.shape[0], weight.shape[2])
+    half = contract(ctx, Place(left, (*lead, 0)), Place(weight, (1, 0, 2)), (*lead, 1, 2), shape)
+    out = contract(ctx, Place(half, (*lead, 1, 2)), Place(right, (*lead, 2)), (*lead, 1), ctx.shape)
+    return _add_bias(ctx, out, ctx["bias"], out.rank - 1)
 
 
 @rule("aten::einsum")
@@ -215,8 +242,9 @@ def _grouped(ctx: Context, x: Value, weight: Value, letters: tuple[int, int, int
     ctx.freeze(x, tuple(range(channel + 1, x.rank)), f"is convolved along space in {ctx.where}")
     ctx.freeze(weight, tuple(range(3, weight.rank)), f"{INTERNAL}a spatial kernel")
     x = unfold_dim(x, channel, (groups, per_in))
+    whole = True
     if groups > 1:
-        whole = per_in == 1 or per_out == 1
+        whole = per_in == 1 or per_out == 1 or ctx.granularity == "group"
         bind_dim(ctx, x, channel + 1 if whole else channel)
         for dim, letter in enumerate(letters):
             if (letter > 0) == whole:
@@ -231,6 +259,7 @@ def _grouped(ctx: Context, x: Value, weight: Value, letters: tuple[int, int, int
         Place(weight, (*letters, *kernel_space)),
         (*lead, 0, 2, *output_space),
         split_shape,
+        joined=-1 if whole else 0,
     )
     tracks = [Track(compress(t.code).reshape(out_shape), t.origins) for t in result.tracks]
     return _add_bias(ctx, make_value(out_shape, tracks, result.derived), ctx["bias"], channel)

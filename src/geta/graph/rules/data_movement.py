@@ -2,38 +2,56 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.utils._pytree as pytree
 
-from geta.graph.context import Context, Place, concrete_shape
-from geta.graph.labels import FIXED, Track, Value, compress, make_value, squeezed, varying
+from geta.graph.context import Context, Place, concrete_shape, narrow_dims
+from geta.graph.labels import FIXED, Track, Value, compress, make_value, never_zero, squeezed, varying
 from geta.graph.rules.elementwise import pointwise
 from geta.graph.rules.registry import rule
 from geta.graph.solver import Freeze
 
 _MOVES = """view reshape _unsafe_view _reshape_alias permute transpose t numpy_T mT swapaxes swapdims movedim moveaxis unsqueeze squeeze
-flatten unflatten expand repeat tile flip pixel_unshuffle broadcast_to atleast_1d atleast_2d atleast_3d""".split()
+flatten unflatten repeat tile flip pixel_unshuffle atleast_1d atleast_2d atleast_3d""".split()
 
 
 @rule(*[f"aten::{name}" for name in _MOVES])
 def moves(ctx: Context) -> Any:
     """Run the operator on every track."""
-    if any(arg.type.kind() == "ScalarTypeType" for arg in ctx.node.target._schema.arguments[1:2]):  # type: ignore[union-attr]
+    if "dtype" in ctx.arguments:
         return NotImplemented  # view.dtype reinterprets bits
     name = next(name for name, value in ctx.arguments.items() if isinstance(value, Value))
     value = ctx[name]
-    return ctx.free([_run(ctx, name, track) for track in value.tracks], value.derived)
+    moved = [_run(ctx, name, track) for track in value.tracks]
+    return ctx.free(_unfolded(ctx, value, moved), value.derived)
 
 
-@rule("aten::expand_as", "aten::view_as", "aten::reshape_as")
+def _unfolded(ctx: Context, value: Value, moved: list[Track]) -> list[Track]:
+    """Independent dimensions that a view folds into one can't both lose indices: the outer one may, the others stay.
+
+    E.g. heads that all read one value head: entry (h, j) of the folded dimension would go with head h or with channel j.
+    """
+    before = [track.dims for track in value.tracks]
+    after = [varying(compress(track.code)) for track in moved]
+    result: list[int] = []
+    for place in sorted(range(len(moved)), key=lambda place: (not ctx.space.of_tensor(value.tracks[place].code), before[place])):
+        if any(set(after[place]) & set(after[other]) and not set(before[place]) & set(before[other]) for other in result):
+            reason = f"is folded together with an independent dimension in {ctx.where}"
+            ctx.freeze(Value(value.shape, (value.tracks[place],)), before[place], reason)
+        else:
+            result.append(place)
+    return [moved[place] for place in sorted(result)]
+
+
+@rule("aten::view_as", "aten::reshape_as")
 def moves_as(ctx: Context) -> Value:
-    """expand / view to another tensor's shape."""
+    """view to another tensor's shape."""
     value = ctx["self"]
-    move = torch.Tensor.expand if ctx.op.startswith("expand") else torch.Tensor.reshape
-    return ctx.free([Track(move(track.code, ctx.shape), track.origins) for track in value.tracks], value.derived)
+    return ctx.free([Track(track.code.reshape(ctx.shape), track.origins) for track in value.tracks], value.derived)
 
 
 def _run(ctx: Context, name: str, track: Track) -> Track:
@@ -121,11 +139,43 @@ def slices(ctx: Context) -> Any:
     return ctx.free(tracks, value.derived)
 
 
+@rule("aten::unfold")
+def windows(ctx: Context) -> Value:
+    """Sliding windows along one dimension, which therefore stays whole; every window has the same labels elsewhere."""
+    value, dim = ctx["self"], ctx["dimension"] % max(ctx["self"].rank, 1)
+    ctx.freeze(value, (dim,), f"is read through sliding windows in {ctx.where}")
+    return ctx.free([_run(ctx, "self", Track(narrow_dims(t.code, (dim,)).expand(value.shape))) for t in value.tracks], value.derived)
+
+
+@rule("aten::im2col", "aten::col2im")
+def columns(ctx: Context) -> Value:
+    """F.unfold / F.fold: channel c becomes (or is made of) the k * k rows c * k * k ... of the columns."""
+    value, cells = ctx["self"], math.prod(ctx["kernel_size"])
+    channel = 1 if value.rank > (3 if ctx.op == "im2col" else 2) else 0
+    space = tuple(range(channel + 1, value.rank))
+    ctx.freeze(value, space, f"is read through sliding windows in {ctx.where}")
+    tracks = []
+    for track in value.tracks:
+        code = narrow_dims(track.code, space)
+        line = code.reshape(*code.shape[: channel + 1])
+        if ctx.op == "im2col":
+            line = line.repeat_interleave(cells, channel)
+        else:
+            parts = line.unflatten(channel, (-1, cells))
+            ctx.bind(compress(parts), (channel + 1,))
+            line = narrow_dims(parts, (channel + 1,)).squeeze(channel + 1)
+        tracks.append(Track(line.reshape(*line.shape, *[1] * (len(ctx.shape) - line.dim())).expand(ctx.shape), track.origins))
+    return ctx.free(tracks, value.derived)
+
+
 @rule("aten::cat", "aten::concat", "aten::concatenate")
 def cat(ctx: Context) -> Value:
     """Joins operands along one dimension; along the others they keep the same indices."""
-    operands = [value for value in ctx.arguments["tensors"] if value.shape != (0,)]
-    return _join(ctx, operands, ctx["dim"] % operands[0].rank)
+    whole = [value for value in ctx.arguments["tensors"] if value.shape != (0,)]
+    dim = ctx["dim"] % whole[0].rank
+    # What adds no entry has none to lose either (the unrotated rest of a head that is rotated whole).
+    operands = [value for value in whole if value.shape[dim] > 0] or whole
+    return _join(ctx, operands, dim)
 
 
 @rule("aten::stack")
@@ -189,7 +239,6 @@ def _shared(operands: Sequence[Value], dim: int, shape: tuple[int, ...]) -> list
     "aten::replication_pad1d",
     "aten::replication_pad2d",
     "aten::replication_pad3d",
-    "aten::zero_pad2d",
 )
 def pad(ctx: Context) -> Value:
     """New entries get labels of their own, so that the amounts of padding follow whatever they are joined with."""

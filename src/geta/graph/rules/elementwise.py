@@ -17,9 +17,10 @@ ZeroLaw = Literal["keep", "lose", "and", "or"]
 _KEEP = """abs absolute alias alpha_dropout arcsinh arctan asin asinh atan atanh celu clone contiguous deg2rad detach dropout elu erf
 erfinv expm1 feature_alpha_dropout feature_dropout fix floor frac gelu hardshrink hardswish isinf isnan leaky_relu lift_fresh
 lift_fresh_copy log1p mish nan_to_num native_dropout neg negative positive real relu relu6 round rrelu selu sgn sign silu sin sinh
-softshrink sqrt square tan tanh tanhshrink to _to_copy tril triu trunc type_as zero zeros_like""".split()
-_LOSE = """acos acosh bernoulli bitwise_not cos cosh digamma empty_like erfc exp exp2 fill full_like hardsigmoid isfinite lgamma log log10
-log2 log_sigmoid logical_not logit ones_like rand_like randn_like reciprocal rsqrt sigmoid sinc softplus""".split()
+softshrink sqrt square tan tanh to _to_copy trunc type_as zero zeros_like""".split()
+_LOSE = """acos bernoulli bitwise_not cos cosh empty_like erfc exp exp2 fill full_like hardsigmoid isfinite log_sigmoid logical_not
+ones_like rand_like randn_like sigmoid sinc softplus""".split()
+_POLES = "acosh digamma lgamma log log10 log2 logit reciprocal rsqrt".split()
 
 
 def pointwise(ctx: Context, operands: Sequence[Value], law: ZeroLaw, *, by: Sequence[Value] | None = None) -> Value:
@@ -44,8 +45,7 @@ def _merged(operands: Sequence[Value], by: Sequence[Value], out: tuple[int, ...]
     merged = []
     for dims in maximal:
         mine = [[(code, origin) for code, origin in tracks if varying(code) == dims] for tracks in laid]
-        none = torch.zeros(1, dtype=torch.int64).expand(out)
-        bits = [combine([zero_bit(code) for code, _ in same], "and") if same else none for same in mine]
+        bits = [_bits(value, tracks, dims, out) for value, tracks in zip(operands, laid, strict=True)]
         origins = frozenset(owner for same in mine for _, origin in same for owner in origin)
         # Several tracks of one operand may run along the same axes; those of the operand that has most speak for all.
         speaker = max(range(len(mine)), key=lambda number: len(mine[number]))
@@ -54,6 +54,18 @@ def _merged(operands: Sequence[Value], by: Sequence[Value], out: tuple[int, ...]
             zero = combine([bit for bit, judge in zip(own, judges, strict=True) if judge], law)
             merged.append(Track((squeezed(code).bitwise_and(-2) | squeezed(compress(zero))).expand(out), origins))
     return merged
+
+
+def _bits(value: Value, tracks: Sequence[tuple[torch.Tensor, frozenset[int]]], dims: tuple[int, ...], out: tuple[int, ...]) -> torch.Tensor:
+    """Zero bits of one operand where a track varies along `dims`.
+
+    A track along fewer of them (heads, not heads and their channels) speaks too if the operand spans them all: then the
+    units can only be what that track varies along, because anything finer would have to match a tensor of fixed size.
+    """
+    same = [code for code, _ in tracks if varying(code) == dims]
+    if not same and all(value.shape[dim - len(out)] > 1 if len(out) - dim <= value.rank else False for dim in dims):
+        same = [code for code, _ in tracks if varying(code) and set(varying(code)) < set(dims)]
+    return combine([zero_bit(code) for code in same], "and") if same else torch.zeros(1, dtype=torch.int64).expand(out)
 
 
 def zero_bit(code: torch.Tensor) -> torch.Tensor:
@@ -93,6 +105,29 @@ def loses_zero(ctx: Context) -> Any:
     """f(0) != 0."""
     value = next(value for value in ctx.arguments.values() if isinstance(value, Value))
     return _unary(ctx, value, "lose")
+
+
+@rule(*[f"aten::{name}" for name in _POLES])
+def poles(ctx: Context) -> Any:
+    """f(0) is infinite or no number, and no consumer's zero takes that back, so what removal makes zero stays."""
+    value = ctx["self"]
+    if not ctx.arguments.get("eps"):  # logit clamps its input if it is given eps
+        _keep_from_zero(ctx, value)
+    return _unary(ctx, value, "lose")
+
+
+def _keep_from_zero(ctx: Context, value: Value) -> None:
+    for track in value.tracks:
+        code = squeezed(track.code)
+        doomed = (code >> 1)[(code & 1).bool()]
+        ctx.constraints.fixed.append((doomed.numpy(), f"is not finite at zero, which removal makes it, in {ctx.where}"))
+
+
+@rule("aten::tril", "aten::triu")
+def triangles(ctx: Context) -> Any:
+    """Which entries are cut off depends on the indices of both dimensions, so both stay."""
+    ctx.freeze(ctx["self"], (-2, -1), f"is cut to a triangle in {ctx.where}")
+    return _unary(ctx, ctx["self"], "keep")
 
 
 def _unary(ctx: Context, value: Value, law: ZeroLaw) -> Any:
@@ -157,6 +192,8 @@ def quotients(ctx: Context) -> Value:
 def powers(ctx: Context) -> Value:
     """x ** p keeps zero for p > 0."""
     exponent = ctx["exponent"]
+    if isinstance(ctx["self"], Value) and (isinstance(exponent, Value) or exponent < 0):
+        _keep_from_zero(ctx, ctx["self"])
     if isinstance(exponent, Value) or not isinstance(ctx["self"], Value):
         return pointwise(ctx, tensors(ctx["self"], exponent), "lose")
     return pointwise(ctx, [ctx["self"]], "keep" if exponent > 0 else "lose")
@@ -230,20 +267,3 @@ def prelu(ctx: Context) -> Value:
 def copy(ctx: Context) -> Value:
     """self becomes src."""
     return pointwise(ctx, [ctx["self"], ctx["src"]], "keep", by=[ctx["src"]])
-
-
-@rule("geta::fake_quantize")
-def fake_quantize(ctx: Context) -> Value:
-    """Keeps zeros. Per-channel step sizes follow their channel but are never zeroed; scalars take no part."""
-    x = ctx["x"]
-    scales = [ctx["d"], ctx["q_m"], ctx["t"]]
-    ctx.align([Place(value, tuple(range(x.rank - value.rank, x.rank))) for value in (x, *scales)], x.rank)
-    return ctx.free(x.tracks, x.derived)
-
-
-@rule("geta::dequantize")
-def dequantize(ctx: Context) -> Value:
-    """Integer codes times scale."""
-    codes, scale = ctx["codes"], ctx["scale"]
-    ctx.align([Place(value, tuple(range(codes.rank - value.rank, codes.rank))) for value in (codes, scale)], codes.rank)
-    return ctx.free(codes.tracks, codes.derived)

@@ -1,4 +1,4 @@
-"""Tensors that the graph makes itself. Constant-filled ones can be resized, so they follow whatever they meet."""
+"""Entries that the graph makes itself. Constant-filled ones can be resized, so they follow whatever they meet."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import fx
 
-from geta.graph.context import Context
+from geta.graph.context import Context, expand_to
 from geta.graph.labels import Track, Value, along
 from geta.graph.rules.registry import rule
 
@@ -48,3 +48,16 @@ def unlabelled(ctx: Context) -> Any:
     if any(isinstance(value, Value) and value.tracks for value in ctx.arguments.values()):
         return NotImplemented
     return Value(ctx.shape)
+
+
+@rule("aten::expand", "aten::expand_as", "aten::broadcast_to")
+def expands(ctx: Context) -> Value:
+    """Copies along a dimension of size 1 get labels of their own: their number follows whatever they are joined with."""
+    value, shape = ctx["self"], ctx.shape
+    lead = len(shape) - value.rank
+    tracks = [Track(expand_to(track.code, value.shape, shape), track.origins) for track in value.tracks]
+    for dim, size in enumerate(shape):
+        if size > 1 and (dim < lead or value.shape[dim - lead] == 1):
+            labels, _ = ctx.space.new(size, dim, node=ctx.node.name)
+            tracks.append(Track(along(2 * labels, shape, dim)))
+    return ctx.free(tracks, value.derived)

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from geta.graph.context import Context, concrete_shape, narrow_dims
+from geta.graph.context import Context, Place, concrete_shape, narrow_dims
 from geta.graph.labels import Track, Value, compress, never_zero, squeezed
 from geta.graph.rules.data_movement import call
 from geta.graph.rules.elementwise import pointwise
@@ -50,8 +50,6 @@ def _reduced(ctx: Context, value: Value, dims: tuple[int, ...], *, keeps_zero: b
     "aten::min",
     "aten::var",
     "aten::std",
-    "aten::norm",
-    "aten::linalg_vector_norm",
     "aten::median",
     "aten::any",
     "aten::var_mean",
@@ -76,6 +74,19 @@ def sums(ctx: Context) -> Any:
         code = squeezed(track.code)
         if set(track.dims) & set(dims) and bool(((code & 1) == 0).any()):
             ctx.freeze(Value(value.shape, (track,)), dims, f"is summed over while not zero in {ctx.where}")
+    return _reduced(ctx, value, dims, keeps_zero=True)
+
+
+@rule("aten::norm", "aten::linalg_vector_norm")
+def norms(ctx: Context) -> Any:
+    """Zeros add nothing to a norm of order >= 0; other entries would change it."""
+    value = ctx["self"]
+    dims = _dims(ctx, value)
+    order = ctx.arguments.get("ord", ctx.arguments.get("p"))
+    for track in value.tracks:
+        bits = squeezed(track.code) & 1
+        if set(track.dims) & set(dims) and (bool((bits == 0).any()) or (order is not None and order < 0)):
+            ctx.freeze(Value(value.shape, (track,)), dims, f"crosses {ctx.where}", soft=True)
     return _reduced(ctx, value, dims, keeps_zero=True)
 
 
@@ -141,7 +152,10 @@ def pooling(ctx: Context) -> Any:
     shape = concrete_shape(fakes[0] if isinstance(fakes, (tuple, list)) else fakes)
     tracks = tuple(Track(compress(narrow_dims(track.code, dims).expand(shape)), track.origins) for track in value.tracks)
     result = Value(shape, tracks, value.derived)
-    return (result, Value(shape, tracks)) if isinstance(fakes, (tuple, list)) else result
+    if not isinstance(fakes, (tuple, list)):
+        return result
+    places = tuple(Track(never_zero(track.code), track.origins) for track in tracks)  # where the maximum lies is no zero
+    return result, Value(shape, places)
 
 
 @rule("aten::index")
@@ -150,8 +164,9 @@ def index(ctx: Context) -> Any:
     value, indices = ctx["self"], list(ctx["indices"])
     ctx.freeze_all([item for item in indices if isinstance(item, Value)], f"is used as an index in {ctx.where}")
     fakes = ctx.node.args[1]
-    if any(isinstance(fake, torch.fx.Node) and fake.meta["val"].dtype == torch.bool for fake in fakes):  # type: ignore[union-attr]
-        return NotImplemented
+    masks = [isinstance(fake, torch.fx.Node) and fake.meta["val"].dtype in (torch.bool, torch.uint8) for fake in fakes]  # type: ignore[union-attr]
+    if any(masks):
+        return _masked(ctx) if masks == [True] else NotImplemented
     dims = tuple(dim for dim, item in enumerate(indices) if item is not None)
     ctx.freeze(value, dims, f"is indexed in {ctx.where}")
     ctx.produce(value)
@@ -163,6 +178,18 @@ def index(ctx: Context) -> Any:
     return ctx.free(tracks, value.derived and all(item.derived for item in indices if item is not None))
 
 
+def _masked(ctx: Context) -> Value:
+    """value[mask] with a mask over the leading dimensions: they become one, and the others pass."""
+    value, mask = ctx["self"], ctx["indices"][0]
+    lead = tuple(range(mask.rank))
+    ctx.freeze(value, lead, f"is indexed in {ctx.where}")
+    tracks = []
+    for track in value.tracks:
+        code = narrow_dims(track.code, lead)
+        tracks.append(Track(code.reshape(1, *code.shape[mask.rank :]).expand(ctx.shape), track.origins))
+    return ctx.free(tracks, value.derived and mask.derived)
+
+
 @rule("aten::index_select")
 def index_select(ctx: Context) -> Value:
     """The indexed dimension stays, the others pass."""
@@ -171,3 +198,18 @@ def index_select(ctx: Context) -> Value:
     ctx.freeze(value, (dim,), f"is indexed in {ctx.where}")
     tracks = [Track(narrow_dims(t.code, (dim,)).expand(ctx.shape), t.origins) for t in value.tracks]
     return ctx.free(tracks, value.derived and ctx["index"].derived)
+
+
+@rule("aten::gather", "aten::take_along_dim")
+def gather(ctx: Context) -> Any:
+    """out[.., j, ..] = x[.., index[.., j, ..], ..]: the gathered dimension stays, along the others both keep the same indices."""
+    value, places, dim = ctx["self"], ctx.arguments.get("index", ctx.arguments.get("indices")), ctx.arguments["dim"]
+    if dim is None or any(d != dim % value.rank and value.shape[d] != places.shape[d] for d in range(value.rank)):
+        return NotImplemented  # a smaller index reads only the first entries of the other dimensions
+    dim %= value.rank
+    ctx.freeze(value, (dim,), f"is gathered by index in {ctx.where}")
+    ctx.freeze(places, (dim,), f"is used as an index in {ctx.where}")
+    letters = tuple(value.rank if d == dim else d for d in range(value.rank))
+    ctx.align([Place(value, tuple(range(value.rank))), Place(places, letters)], value.rank + 1)
+    tracks = [Track(narrow_dims(t.code, (dim,)).expand(ctx.shape), t.origins) for t in value.tracks]
+    return ctx.free(tracks, value.derived and places.derived)

@@ -1,0 +1,117 @@
+"""One self-contained page that shows a dependency graph: families in a table, operators in a drawing, no network needed."""
+
+from __future__ import annotations
+
+import html
+import json
+import re
+from importlib import resources
+from typing import TYPE_CHECKING, Any
+
+from geta.graph.families import Family
+from geta.graph.layout import lay_out
+from geta.graph.names import find_tensor
+from geta.graph.render import covered_fraction
+from geta.graph.view import INPUT, OUTPUT
+
+if TYPE_CHECKING:
+    from geta.graph.dependency import DependencyGraph
+
+_SLOT = re.compile(r"\{\{(\w+)\}\}")
+
+
+def build_page(graph: DependencyGraph) -> str:
+    """The page as text. All names in it are data of a JSON block that the page's script shows as text, never as markup."""
+    return fill_page(page_data(graph), title=f"{type(graph.model).__name__}: dependency graph")
+
+
+def fill_page(data: dict[str, Any], *, title: str) -> str:
+    """Put data, style and script into the template, in one pass, so that no data is read as a slot."""
+    slots = {
+        "title": html.escape(title),
+        "style": _asset("page.css"),
+        "script": _asset("drawing.js") + _asset("page.js"),
+        "data": escape_json(json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(",", ":"))),
+    }
+    return _SLOT.sub(lambda slot: slots[slot[1]], _asset("page.html"))
+
+
+def escape_json(text: str) -> str:
+    """JSON that may stand inside a script element: nothing in it can end the element or open a comment."""
+    return text.replace("<", "\\u003c")
+
+
+def _asset(name: str) -> str:
+    return resources.files("geta.graph").joinpath("page_assets", name).read_text(encoding="utf-8")
+
+
+def page_data(graph: DependencyGraph) -> dict[str, Any]:
+    """Everything that the page's script shows; repeated texts are numbers into `texts`."""
+    view = graph.view
+    placed = lay_out(view)
+    texts: dict[str, int] = {}
+    numbers = {family.name: number for number, family in enumerate(graph.families)}
+    sizes = {name: find_tensor(graph.model, name).numel() for name in _touched_names(graph)}
+
+    def text(value: str) -> int:
+        return texts.setdefault(value, len(texts))
+
+    nodes = [
+        [
+            node.name,
+            text(node.op),
+            text(node.module),
+            [list(shape) for shape in node.shapes],
+            text(node.dtype),
+            list(node.inputs),
+            [text(name) for name in node.parameters],
+            [numbers[name] for name in node.families],
+            ("", "attached", "inserted").index(node.branch),
+            int(placed.x[place]),
+            int(placed.y[place]),
+            int(placed.column[place]),
+        ]
+        for place, node in enumerate(view.nodes)
+    ]
+    families = [
+        {
+            "name": family.name,
+            "unit": family.unit,
+            "size": family.size,
+            "prunable": family.prunable,
+            "reason": family.reason,
+            "inexact": family.inexact,
+            "suggestion": family.suggestion,
+            "touched": _touched(graph, family, sizes),
+            "members": [[text(m.param), m.dim, int(m.index.shape[1]), m.role, m.zero] for m in family.members],
+        }
+        for family in graph.families
+    ]
+    return {
+        "model": type(graph.model).__name__,
+        "parameters": sum(parameter.numel() for parameter in graph.model.parameters()),
+        "operators": sum(node.op not in (INPUT, OUTPUT) for node in view.nodes),
+        "groups": graph.num_groups,
+        "share": covered_fraction(graph),
+        "exact": graph.example.exact,
+        "notes": graph.notes,
+        "families": families,
+        "nodes": nodes,
+        "gutters": list(placed.gutters),
+        "bands": [[band.label, band.left, band.top, band.right, band.bottom] for band in placed.bands],
+        "texts": list(texts),
+    }
+
+
+def _touched_names(graph: DependencyGraph) -> list[str]:
+    return list(dict.fromkeys(member.param for family in graph.families for member in family.members if member.role != "buffer"))
+
+
+def _touched(graph: DependencyGraph, family: Family, sizes: dict[str, int]) -> int:
+    """Parameter elements that lie in a row or column of the family; one in both counts once."""
+    untouched: dict[str, float] = {}
+    for member in family.members:
+        if member.role != "buffer":
+            whole = find_tensor(graph.model, member.param).shape[member.dim]
+            untouched[member.param] = untouched.get(member.param, 1.0) * (1 - member.index.numel() / whole)
+    return round(sum(sizes[name] * (1 - rest) for name, rest in untouched.items()))

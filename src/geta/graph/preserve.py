@@ -1,0 +1,74 @@
+"""Run a model without leaving a trace in it: modes, tensors, attributes and hooks are as before, whatever happens."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import nn
+
+
+@contextlib.contextmanager
+def mode_of(model: nn.Module, training: bool) -> Iterator[None]:
+    """Put a model into train or eval mode and give every submodule its own mode back afterwards."""
+    before = [(module, module.training) for module in model.modules()]
+    try:
+        model.train(training)
+        yield
+    finally:
+        for module, mode in before:
+            module.training = mode
+
+
+@contextlib.contextmanager
+def preserved(model: nn.Module) -> Iterator[None]:
+    """Give every module its attributes back, as the same objects; lists and dicts directly in a module get their entries back.
+
+    Tracing may leave traced tensors behind: in buffers, in caches, in the attributes that weight and spectral norm set.
+    """
+    before = [(module, dict(module.__dict__), _contents(module)) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, attributes, contents in before:
+            module.__dict__.clear()
+            module.__dict__.update(attributes)
+            for name, content in contents.items():
+                _refill(attributes[name], content)
+
+
+def _contents(module: nn.Module) -> dict[str, Any]:
+    return {name: value.copy() for name, value in module.__dict__.items() if isinstance(value, (dict, list))}
+
+
+def _refill(container: Any, content: Any) -> None:
+    same = len(container) == len(content)
+    if isinstance(container, list):
+        if not (same and all(a is b for a, b in zip(container, content, strict=True))):
+            container[:] = content
+    elif not (same and all(container.get(key, ...) is value for key, value in content.items())):
+        container.clear()
+        container.update(content)
+
+
+@contextlib.contextmanager
+def known_dataclasses(model: nn.Module, inputs: Any) -> Iterator[None]:
+    """Tell torch how to look into the dataclasses that the model takes and returns; otherwise they could not be captured."""
+    _register_all(inputs)
+    hook = model.register_forward_hook(lambda _module, _args, output: _register_all(output))
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def _register_all(tree: Any) -> None:
+    for leaf in pytree.tree_leaves(tree):
+        kind = type(leaf)
+        if dataclasses.is_dataclass(kind):
+            torch.export.register_dataclass(kind, serialized_type_name=f"{kind.__module__}.{kind.__qualname__}")
+            _register_all(leaf)
