@@ -33,6 +33,7 @@ from geta.graph.regions import clean
 
 __all__ = ["Capture", "canonical_module", "capture", "check_inputs", "mode_of"]
 
+_CHECK = "Check that model(*args, **kwargs) runs on the example inputs"
 _TALKATIVE = ("torch.export._trace", "torch._export.non_strict_utils", "torch.fx.experimental.symbolic_shapes")
 
 
@@ -130,10 +131,10 @@ def _followed(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], r
         raise
     except Exception as error:  # the user's forward may raise anything
         if type(error) is type(reason) and str(error) == str(reason):
-            raise BadModelError(_failure(model, reason)) from error
+            raise BadModelError(f"{_failure(model, reason)}. {_CHECK}") from error
         raise BadModelError(
             f"{_failure(model, reason)}. Following the path of the example inputs failed too: {type(error).__name__}: "
-            f"{first_line(error)}{line_of_error(error)}"
+            f"{first_line(error)}{line_of_error(error)}. {_CHECK}"
         ) from error
     fixed = "All sizes are fixed to those of the example inputs, the batch size too"
     if found.asked:
@@ -208,10 +209,7 @@ def _export_once(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
                 dynamic_shapes = dynamic_shapes.dynamic_shapes(model, args, kwargs)
             return torch.export.export(model, args, kwargs, dynamic_shapes=dynamic_shapes, strict=False)
         except Exception as error:  # the exporter raises whatever the user's own forward raises
-            raise BadModelError(
-                f"{_failure(model, error)}. Check that model(*args, **kwargs) runs on the example inputs, and that no Python "
-                "control flow depends on tensor values"
-            ) from error
+            raise BadModelError(f"{_failure(model, error)}. {_CHECK}, and that no Python control flow depends on tensor values") from error
 
 
 def _failure(model: nn.Module, error: BaseException) -> str:

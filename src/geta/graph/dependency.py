@@ -6,7 +6,6 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from geta.graph.capture import Capture, capture, check_inputs
 from geta.graph.coupling import build_families
 from geta.graph.explain import Explanation, explain
 from geta.graph.families import Family, Member, Selection
+from geta.graph.fingerprint import fingerprint
 from geta.graph.limits import Limits, protect_tensors, restrict, suggest, unused_granularity
 from geta.graph.names import find_tensor, first_names, unwrap
 from geta.graph.page import build_page
@@ -48,7 +48,9 @@ class DependencyGraph:
     notes: list[str]
     example: Example = field(repr=False)
     view: GraphView = field(repr=False)
+    analysis: Analysis = field(repr=False)  # the labels behind the families, in evaluation mode
     quantizers: tuple[QuantizerBranch, ...] = ()
+    analyses: dict[bool, tuple[tuple[Any, ...], Analysis]] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def prunable_families(self) -> list[Family]:
@@ -104,17 +106,9 @@ class DependencyGraph:
 
         name: a tensor (`layer1.0.conv1.weight`), or a module (`layer1.0.conv1`), which stands for its weight.
         dim:  0 = the channels (neurons, heads) that a convolution or linear layer makes, 1 = those that it reads.
-        Print the result, or read its fields. For an index that must stay the model is captured once more.
-        Raises ConfigError for a name, dimension or index that the model hasn't got.
+        Print the result, or read its fields. Raises ConfigError for a name, dimension or index that the model hasn't got.
         """
         return explain(self, name, dim, index)
-
-    @cached_property
-    def analysis(self) -> Analysis:
-        """The labels behind the families, in evaluation mode; made anew from the model when it is first asked for, then kept."""
-        example = self.example
-        captured = capture(self.model, example.args, example.kwargs, dynamic_shapes=example.dynamic_shapes)
-        return analyse_capture(self.model, captured, exact=example.exact, limits=example.limits)
 
     def random_selection(self, sparsity: float = 0.5, seed: int = 0, multiple_of: int = 1) -> dict[str, torch.Tensor]:
         """Remove a random share of every prunable family: {family name: BoolTensor[n], True = remove}.
@@ -250,7 +244,9 @@ def analyze(
     families = suggest(families, found, limits, _loosened(solved) if exact else None)
     notes = [*captured.notes, *unused_granularity(found, limits)]
     view = build_view(solved, families)
-    return DependencyGraph(model, families, notes, Example(args, kwargs, dynamic_shapes, exact, limits), view, find_branches(captured))
+    example = Example(args, kwargs, dynamic_shapes, exact, limits)
+    known = {False: (fingerprint(model), solved)}
+    return DependencyGraph(model, families, notes, example, view, solved, find_branches(captured), known)
 
 
 def _loosened(solved: Analysis) -> Partition | None:
