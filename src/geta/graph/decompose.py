@@ -40,7 +40,7 @@ def decompose(node: fx.Node) -> list[fx.Node] | str:
     try:
         with _quiet():
             inner = make_fx(run)(*[source.meta["val"] for source in sources])
-    except Exception as error:  # a decomposition may fail in any way on fake tensors; the reason goes into the family's
+    except Exception as error:  # noqa: BLE001 - it may fail in any way on fake tensors; the reason becomes the family's
         return f"can't be decomposed ({type(error).__name__})"
     count = sum(piece.op == "call_function" for piece in inner.graph.nodes)
     if count > MOST_OPERATORS or any(piece.op in ("get_attr", "call_module") for piece in inner.graph.nodes):

@@ -10,7 +10,7 @@ import torch
 import torch.utils._pytree as pytree
 
 from geta.graph.context import Context, Place, concrete_shape, narrow_dims
-from geta.graph.labels import FIXED, Track, Value, compress, make_value, never_zero, squeezed, varying
+from geta.graph.labels import FIXED, Track, Value, compress, make_value, squeezed, varying
 from geta.graph.rules.elementwise import pointwise
 from geta.graph.rules.registry import rule
 from geta.graph.solver import Freeze

@@ -94,4 +94,3 @@ def _results(ctx: Context, units: list[Value], starts: list[Value], readers: lis
         view = [1] * (len(shape) - 1) + [shape[-1]]
         results.append(make_value(shape, [Track(line.reshape(view).expand(shape))], False))
     return tuple(results)
-
