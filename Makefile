@@ -11,11 +11,13 @@ PIP := PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip install --quiet
 WORKERS ?= 2
 DEMO_ARGS ?=
 ZOO_ARGS ?=
+PEERS_ARGS ?=
+SCALE_ARGS ?=
 
-.PHONY: help demo test check format bench zoo fuzz clean
+.PHONY: help demo test check format bench bench-peers bench-scale zoo fuzz clean
 
 help:  ## list the targets
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 13
 
 .venv/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "geta needs Python 3.11 or newer: set PYTHON=...")'
@@ -58,6 +60,12 @@ format: .venv/.stamp-dev  ## rewrite the code in the project's format
 
 bench: .venv/.stamp-core  ## time one training step, plain optimizer and QASSO in each stage, side by side
 	$(BIN)/python bench/step_overhead.py
+
+bench-peers: .venv-zoo/.stamp  ## geta and torch-pruning on torchvision's classifiers, an hour; resumable (PEERS_ARGS="--only '*resnet*'")
+	.venv-zoo/bin/python -m bench.versus_torch_pruning $(PEERS_ARGS)
+
+bench-scale: .venv-zoo/.stamp  ## analyse language models of 7 to 70 billion parameters without weights (SCALE_ARGS="--only 'llama-7b*'")
+	.venv-zoo/bin/python -m bench.scale $(SCALE_ARGS)
 
 zoo: .venv-zoo/.stamp  ## check every architecture of the zoo, hours; resumable (ZOO_ARGS="--only 'timm/*' --failed")
 	.venv-zoo/bin/python -m bench.zoo.run --jobs $(WORKERS) $(ZOO_ARGS)

@@ -47,8 +47,9 @@ def outputs(model: nn.Module, inputs: Inputs, *, grad: bool = False) -> list[Ten
 def describe(graph: DependencyGraph) -> Figures:
     """Size and reach of the analysis, and why the rest of the parameters can't be pruned."""
     fixed = [note for note in graph.notes if note.startswith("captured")]
+    followed = any("followed the path that the example inputs take" in note for note in graph.notes)
     return {
-        "captured": fixed[0] if fixed else "open batch",
+        "captured": "example's path, fixed sizes" if followed else fixed[0] if fixed else "open batch",
         "notes": list(graph.notes),
         "parameters": sum(p.numel() for p in graph.model.parameters()),
         "families": len(graph.families),

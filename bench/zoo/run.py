@@ -26,7 +26,7 @@ from geta.report.files import prepare_folder, write_json
 
 from .catalogue import catalogue
 from .entry import Entry
-from .server import forked
+from .server import Target, forked
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "bench" / "results"
@@ -36,13 +36,17 @@ _LAST = 600
 
 @dataclass(frozen=True)
 class Run:
-    """How to run: records in `folder`, `jobs` processes of `threads` threads each, `limit` seconds per model."""
+    """How to run: records in `folder`, `jobs` processes of `threads` threads each, `limit` seconds per model.
+
+    target: what each forked process does; None = the checks of the zoo.
+    """
 
     folder: Path
     jobs: int = 2
     threads: int = 1
     limit: float = 600.0
     isolated: bool = False
+    target: Target | None = None
 
     def path(self, name: str) -> Path:
         return self.folder / f"{name.replace('/', '__')}.json"
@@ -78,7 +82,7 @@ def check_one(run: Run, name: str) -> dict[str, Any]:
 
 
 def _forked(run: Run, name: str) -> dict[str, Any]:
-    ended, answer = forked(name, threads=run.threads, limit=run.limit)
+    ended, answer = forked(name, threads=run.threads, limit=run.limit, target=run.target)
     if answer is not None:
         return answer
     return _lost(name, f"no result within {run.limit:.0f} seconds" if ended is None else f"the process ended with code {ended}")

@@ -115,7 +115,12 @@ def _example(node: fx.Node) -> Any:
 
 def _recorded(node: fx.Node) -> Any:
     """A result that the example inputs gave, as a fake tensor of the active mode, or a number."""
-    example = node.meta["example"]
+    return _from_description(node.meta["example"])
+
+
+def _from_description(example: Any) -> Any:
+    if "items" in example:
+        return [_from_description(item) for item in example["items"]]
     if "value" in example:
         return example["value"]
     return torch.empty(example["shape"], dtype=getattr(torch, example["dtype"]))

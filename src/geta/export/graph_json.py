@@ -292,6 +292,9 @@ def _decode_example(value: Any) -> dict[str, Any]:
         return {}
     if isinstance(value, dict) and list(value) == ["value"] and _is_plain(value["value"]):
         return {"val": value["value"]}
+    if isinstance(value, dict) and list(value) == ["items"] and isinstance(value["items"], list):
+        decoded = [_decode_example(item) for item in value["items"]]
+        return {"example": {"items": [item.get("example", {"value": item.get("val")}) for item in decoded]}}
     known = isinstance(value, dict) and list(value) == ["shape", "dtype"] and value["dtype"] in _CONSTANTS["dtype"][1]
     if not known or not isinstance(value["shape"], list) or not all(isinstance(n, int) and 0 <= n < _INT64 for n in value["shape"]):
         raise CheckpointError(f"the graph describes an input by {_short(value)} instead of a shape and a dtype")

@@ -22,12 +22,13 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from geta.errors import BadModelError
 from geta.graph.backward import checkpoints_inlined, notes_of
-from geta.graph.measure import fake_like
+from geta.graph.measure import described, fake_like
 from geta.graph.names import canonical_name
 from geta.graph.places import line_now
 from geta.graph.regions import clean, resolve_modes
 
 _METHODS = "__bool__ __int__ __float__ __index__ __complex__ __contains__ __array__ item tolist numpy is_nonzero".split()
+_INDEXED = (torch.Tensor.__getitem__, torch.Tensor.__setitem__)
 _ASKS = (*(getattr(torch.Tensor, name) for name in _METHODS), torch.equal, torch.allclose, torch.is_nonzero)
 
 
@@ -56,11 +57,25 @@ class _Answers(TorchFunctionMode):
         self.asked: dict[str, None] = {}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in _INDEXED:  # an index that is one number is read by PyTorch itself
+            args = (args[0], self._numbers(args[1]), *args[2:])
         if func not in _ASKS:
             return func(*args, **(kwargs or {}))
         self.asked[line_now()] = None
         with _disable_current_modes():
             return func(*args, **(kwargs or {}))
+
+
+    def _numbers(self, index: Any) -> Any:
+        """The same index with its 0-dimensional integer tensors as Python numbers."""
+        if isinstance(index, tuple):
+            return tuple(self._numbers(item) for item in index)
+        whole = isinstance(index, torch.Tensor) and index.dim() == 0 and not (index.is_floating_point() or index.dtype == torch.bool)
+        if not whole:
+            return index
+        self.asked[line_now()] = None
+        with _disable_current_modes():
+            return int(index)
 
 
 def follow(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Followed:
@@ -159,6 +174,8 @@ def _assembled(
     for old in traced.graph.nodes:
         if old.op == "call_function":
             mapping[old] = graph.node_copy(old, lambda n: mapping[n])
+            if torch.Tag.dynamic_output_shape in getattr(old.target, "tags", ()) or old.target is torch.ops.aten.where.default:
+                mapping[old].meta["example"] = described(old.meta["val"])
         elif old.op == "output":
             found = iter(old.args[0])
             results = [mapping[next(found)] if isinstance(leaf, torch.Tensor) else leaf for leaf in out_leaves]

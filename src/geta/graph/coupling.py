@@ -146,8 +146,9 @@ def _unit(members: list[Member], hints: list[str], model: nn.Module) -> str:
     """What one group is, in words."""
     producers = [member for member in members if member.role == "producer"] or [member for member in members if member.role != "buffer"]
     if hints and hints[0] == "heads":
-        sizes = {member.index.shape[1] for member in producers}
-        return "heads" if len(sizes) == 1 else "key-value groups"
+        # A bias for each head has one row per group and says nothing; where projections differ, several queries share a key.
+        sizes = {rows for member in producers if (rows := int(member.index.shape[1])) > 1}
+        return "heads" if len(sizes) <= 1 else "key-value groups"
     if hints:
         return hints[0]
     ranks = [(find_tensor(model, member.param).dim(), member.dim) for member in producers]

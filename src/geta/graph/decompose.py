@@ -58,6 +58,10 @@ def _splice(node: fx.Node, inner: fx.Graph, sources: list[fx.Node]) -> list[fx.N
         for piece in inner.nodes:
             if piece.op == "output":
                 result = pytree.tree_map_only(fx.Node, lambda n: mapping[n], piece.args[0])
+            elif piece.op == "call_function" and not _computes(piece):  # it packs the results into a named tuple
+                mapping[piece] = tuple(mapping.get(arg, arg) if isinstance(arg, fx.Node) else arg for arg in piece.args)
+            elif piece.op == "call_function" and isinstance(packed := mapping.get(piece.args[0]), tuple):
+                mapping[piece] = packed[piece.args[1]]
             elif piece.op == "call_function":
                 new = mapping[piece] = node.graph.node_copy(piece, lambda n: mapping[n])
                 new.meta = {key: value for key, value in node.meta.items() if key != "val"} | {"val": piece.meta.get("val")}
@@ -71,6 +75,10 @@ def _splice(node: fx.Node, inner: fx.Graph, sources: list[fx.Node]) -> list[fx.N
         node.replace_all_uses_with(result)
     node.graph.erase_node(node)
     return pieces
+
+
+def _computes(piece: fx.Node) -> bool:
+    return isinstance(piece.target, torch._ops.OpOverload) or getattr(piece.target, "__module__", "") in ("_operator", "math", "torch")
 
 
 @contextmanager

@@ -49,14 +49,16 @@ class _Measured(fx.Interpreter):
                     raise BadModelError(f"the example inputs select nothing{line_of(n)}; give inputs of which something is selected")
         if self._examples is not None:
             if n in self._examples:
-                n.meta["example"] = _described(result)
+                n.meta["example"] = described(result)
         elif n.op != "output":
             n.meta["val"] = fake_like(self._mode, result)
         return result
 
 
-def _described(result: Any) -> dict[str, Any] | None:
-    """The size of a tensor, or a number, as plain data."""
+def described(result: Any) -> dict[str, Any] | None:
+    """The size of a tensor, or of several, or a number, as plain data."""
+    if isinstance(result, (list, tuple)):
+        return {"items": [described(item) for item in result]}
     if isinstance(result, torch.Tensor):
         return {"shape": list(result.shape), "dtype": str(result.dtype).removeprefix("torch.")}
     return {"value": result} if isinstance(result, (bool, int, float)) else None

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -72,8 +73,19 @@ def outputs(model: CompactModel, args: tuple[Any, ...], kwargs: Mapping[str, Any
     if double:
         model = widened(model)
         args, kwargs = pytree.tree_map_only(torch.Tensor, _wide, (args, dict(kwargs)))
-    with torch.no_grad():
+    with torch.no_grad(), _default_dtype(torch.float64 if double else torch.get_default_dtype()):
         return pytree.tree_leaves(model.evaluate(*args, **kwargs))
+
+
+@contextlib.contextmanager
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """Whatever comes of integers alone (a byte divided by 255) has the default dtype."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def widened(model: CompactModel) -> CompactModel:

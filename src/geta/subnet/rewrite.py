@@ -170,6 +170,13 @@ def _sizes(edit: Edit) -> None:
         edit.new.args = edit.new.args[:2]
 
 
+@rewrites("repeat_interleave")
+def _repeat_interleave(edit: Edit) -> None:
+    size, dim = edit.argument("output_size"), edit.argument("dim")
+    if size is not None and dim is not None:
+        edit.set("output_size", edit.scaled(size, dim % len(edit.shape())))
+
+
 @rewrites("unflatten")
 def _unflatten(edit: Edit) -> None:
     source = edit.argument("self")

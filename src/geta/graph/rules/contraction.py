@@ -285,6 +285,8 @@ def attention(ctx: Context) -> Value:
 
 
 def _repeat_heads(value: Value, heads: int) -> Value:
+    if value.shape[-3] == 1:  # one key for all queries is broadcast, whatever their number
+        return value
     times = heads // value.shape[-3]
     tracks = tuple(Track(compress(track.code.repeat_interleave(times, -3)), track.origins) for track in value.tracks)
     return Value((*value.shape[:-3], heads, *value.shape[-2:]), tracks, value.derived)
