@@ -92,7 +92,7 @@ def render(records: Sequence[Mapping[str, Any]], missing: Sequence[str], facts: 
     lines = ["# geta and torch-pruning on torchvision's classifiers", "", *facts, ""]
     if missing:
         lines += [f"Not measured yet: {len(missing)} ({', '.join(missing[:8])}{', ...' if len(missing) > 8 else ''}).", ""]
-    lines += [*_summary(records), "", _METHOD, "", *table(_HEADER, [_cells(record) for record in records], left=(0, len(_HEADER) - 1))]
+    lines += [*_summary(records), "", _METHOD, "", *table(_HEADER, [_cells(record) for record in records], left=(0, 1, 6, 11))]
     return "\n".join(lines) + "\n"
 
 

@@ -44,12 +44,16 @@ def outputs(model: nn.Module, inputs: Inputs, *, grad: bool = False) -> list[Ten
         return [leaf for leaf in pytree.tree_leaves(model(*args, **kwargs)) if isinstance(leaf, Tensor)]
 
 
+def _followed(graph: DependencyGraph) -> bool:
+    """Whether the model has control flow that depends on values, so that torch.export has refused it."""
+    return any("followed the path that the example inputs take" in note for note in graph.notes)
+
+
 def describe(graph: DependencyGraph) -> Figures:
     """Size and reach of the analysis, and why the rest of the parameters can't be pruned."""
     fixed = [note for note in graph.notes if note.startswith("captured")]
-    followed = any("followed the path that the example inputs take" in note for note in graph.notes)
     return {
-        "captured": "example's path, fixed sizes" if followed else fixed[0] if fixed else "open batch",
+        "captured": "example's path, fixed sizes" if _followed(graph) else fixed[0] if fixed else "open batch",
         "notes": list(graph.notes),
         "parameters": sum(p.numel() for p in graph.model.parameters()),
         "families": len(graph.families),
@@ -65,13 +69,16 @@ def _reasons(graph: DependencyGraph, most: int = 3) -> list[list[Any]]:
 
     Module paths are left out of the wording, so that the same reason in many layers counts as one.
     """
-    covered = {id(find_tensor(graph.model, m.param)) for family in graph.prunable_families for m in family.members}
+    prunable = [member for family in graph.prunable_families for member in family.members if member.role != "buffer"]
+    covered = {id(find_tensor(graph.model, member.param)) for member in prunable}
     total = sum(p.numel() for p in graph.model.parameters())
     weights: Counter[str] = Counter()
     counted: set[tuple[int, str]] = set()
     named = {name for name, _ in graph.model.named_modules()}
     for family in graph.families:
         for member in family.members:
+            if member.role == "buffer":
+                continue
             tensor = find_tensor(graph.model, member.param)
             reason = " ".join("..." if word.strip("'\",;:()") in named else word for word in family.reason.split())
             if family.prunable or id(tensor) in covered or not isinstance(tensor, nn.Parameter) or (id(tensor), reason) in counted:
@@ -151,7 +158,12 @@ def _reached(model: nn.Module, inputs: Inputs) -> dict[str, bool]:
 def exported(graph: DependencyGraph, small: CompactModel) -> Figures:
     """The compact model can be captured again by torch itself, and the capture computes the same."""
     inputs = (graph.example.args, dict(graph.example.kwargs))
-    program = torch.export.export(small.eval(), *inputs, strict=False)
+    try:
+        program = torch.export.export(small.eval(), *inputs, strict=False)
+    except Exception as error:
+        if not _followed(graph):
+            raise
+        return {"note": f"torch.export refuses the model itself as well ({type(error).__name__})"}
     difference = max_difference(outputs(small, inputs), outputs(program.module(), inputs))[1]
     if not difference <= TOLERANCE[torch.float32]:
         raise WrongError(f"the exported compact model differs by {difference:.3g}", difference=difference)

@@ -323,3 +323,24 @@ def test_a_rule_for_a_users_own_operator() -> None:
         rule("getatest::scale")(scale_rule)
     with pytest.raises(ConfigError, match="namespace"):
         rule("scale")(scale_rule)
+
+
+class Buckets(nn.Module):
+    """A table of [buckets, heads] made by a layer and gathered by bucket: heads may go, buckets may not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.heads, self.out = nn.Linear(5, 6 * 4), nn.Linear(5, 4), nn.Linear(4, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        rows = self.table(x).view(x.shape[0], 6, 4).transpose(1, 2).reshape(-1, 6)
+        picked = torch.gather(rows, 1, torch.arange(3).expand(rows.shape[0], 3) * 2).view(x.shape[0], 4, 3).sum(2)
+        return self.out(picked * self.heads(x))
+
+
+def test_what_is_gathered_stays_even_where_one_entry_of_it_stays_for_another_reason() -> None:
+    graph = analyze(Buckets(), (torch.randn(2, 5),))
+    for family in graph.prunable_families:
+        for member in family.members:
+            if member.param == "table.weight" and member.dim == 0:
+                assert member.index.shape == (4, 6), str(graph)

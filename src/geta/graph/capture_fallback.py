@@ -29,6 +29,7 @@ from geta.graph.regions import clean, resolve_modes
 
 _METHODS = "__bool__ __int__ __float__ __index__ __complex__ __contains__ __array__ item tolist numpy is_nonzero".split()
 _INDEXED = (torch.Tensor.__getitem__, torch.Tensor.__setitem__)
+_REFUSAL = "trying to get value out of a tracing tensor"
 _ASKS = (*(getattr(torch.Tensor, name) for name in _METHODS), torch.equal, torch.allclose, torch.is_nonzero)
 
 
@@ -57,19 +58,25 @@ class _Answers(TorchFunctionMode):
         self.asked: dict[str, None] = {}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in _INDEXED:  # an index that is one number is read by PyTorch itself
+        if func in _INDEXED:  # an index that is a tensor of one number is read by PyTorch itself
             args = (args[0], self._numbers(args[1]), *args[2:])
         if func not in _ASKS:
-            return func(*args, **(kwargs or {}))
+            try:
+                return func(*args, **(kwargs or {}))
+            except RuntimeError as error:
+                if _REFUSAL not in str(error):
+                    raise
+            return func(*self._numbers(args), **self._numbers(kwargs or {}))  # a size that is a tensor of one number
         self.asked[line_now()] = None
         with _disable_current_modes():
             return func(*args, **(kwargs or {}))
 
-
     def _numbers(self, index: Any) -> Any:
-        """The same index with its 0-dimensional integer tensors as Python numbers."""
-        if isinstance(index, tuple):
-            return tuple(self._numbers(item) for item in index)
+        """The same index or size with its 0-dimensional integer tensors as Python numbers."""
+        if isinstance(index, (tuple, list)):
+            return type(index)(self._numbers(item) for item in index)
+        if isinstance(index, dict):
+            return {name: self._numbers(item) for name, item in index.items()}
         whole = isinstance(index, torch.Tensor) and index.dim() == 0 and not (index.is_floating_point() or index.dtype == torch.bool)
         if not whole:
             return index
@@ -174,7 +181,8 @@ def _assembled(
     for old in traced.graph.nodes:
         if old.op == "call_function":
             mapping[old] = graph.node_copy(old, lambda n: mapping[n])
-            if torch.Tag.dynamic_output_shape in getattr(old.target, "tags", ()) or old.target is torch.ops.aten.where.default:
+            # where(mask) and its like return lists and carry no tag
+            if torch.Tag.dynamic_output_shape in getattr(old.target, "tags", ()) or isinstance(old.meta["val"], (tuple, list)):
                 mapping[old].meta["example"] = described(old.meta["val"])
         elif old.op == "output":
             found = iter(old.args[0])

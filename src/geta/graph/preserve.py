@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -39,6 +41,32 @@ def preserved(model: nn.Module) -> Iterator[None]:
             module.__dict__.update(attributes)
             for name, content in contents.items():
                 _refill(attributes[name], content)
+        _forget_cached(model)
+
+
+def _forget_cached(model: nn.Module) -> None:
+    """Empty the `functools.lru_cache`s of the code that the model is made of: the traced tensors in them would come back as results."""
+    spaces: dict[str, dict[str, Any]] = {}
+    for kind in {kind: None for module in model.modules() for kind in type(module).__mro__}:
+        if kind.__module__.partition(".")[0] in ("torch", "builtins", "typing"):
+            continue
+        home = sys.modules.get(kind.__module__)
+        spaces[kind.__module__] = dict(vars(home)) if home is not None else {}
+        spaces[f"{kind.__module__}:{kind.__qualname__}"] = dict(vars(kind))
+    for space in spaces.values():
+        for value in space.values():
+            bare = getattr(value, "__func__", value)  # a static method
+            hidden = [_content(cell) for cell in getattr(bare, "__closure__", None) or ()]  # behind a decorator of the user's own
+            for cached in (value, *hidden):
+                if isinstance(cached, functools._lru_cache_wrapper):
+                    cached.cache_clear()
+
+
+def _content(cell: Any) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # a name that was never given a value
+        return None
 
 
 def _contents(module: nn.Module) -> dict[str, Any]:

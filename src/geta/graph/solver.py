@@ -98,6 +98,7 @@ class Solver:
         self._firm = np.zeros(size, dtype=bool)  # label -> one of its reasons stays under exact=False
         self._swayed = False
         self._yields = np.zeros(size, dtype=bool)  # label -> its reason is a mere wish
+        self._stays: tuple[np.ndarray, np.ndarray] | None = None
         self._soft = np.zeros(size, dtype=np.int32)  # the same for reasons that exact=False overrides
 
     def solve(self) -> Partition:
@@ -161,6 +162,7 @@ class Solver:
             self._yields[flat] &= soft
             self._texts.append(reason)
             marks[flat] = len(self._texts) - 1
+            self._stays = None
 
     def _merge(self) -> bool:
         """Take the collected edges into the partition; False when they change nothing."""
@@ -178,6 +180,7 @@ class Solver:
         first = np.full(int(component.max()) + 1, size, dtype=np.int64)
         np.minimum.at(first, component, np.arange(size))
         self._root = first[component[self._root]]
+        self._stays = None
         return True
 
     def _align(self, item: Aligned) -> bool:
@@ -232,13 +235,19 @@ class Solver:
         code = self.canonical(labels)
         if len(varying(code)) < 2:
             return code
-        stays = np.zeros(len(self._root), dtype=bool)
-        stays[self._root[np.flatnonzero(self._reason)]] = True
-        firm = np.zeros(len(self._root), dtype=bool)
-        firm[self._root[np.flatnonzero(self._firm)]] = True
+        stays, firm = self._staying()
         small = squeezed(code)
         self._swayed |= bool((stays & ~firm)[small.numpy()].any())
         return compress(torch.where(torch.from_numpy(stays[small.numpy()]), FIXED, small).expand(code.shape))
+
+    def _staying(self) -> tuple[np.ndarray, np.ndarray]:
+        """Groups with a reason to stay, and those with a firm one; counted anew after every merge and every round of freezes."""
+        if self._stays is None:
+            stays, firm = np.zeros(len(self._root), dtype=bool), np.zeros(len(self._root), dtype=bool)
+            stays[self._root[np.flatnonzero(self._reason)]] = True
+            firm[self._root[np.flatnonzero(self._firm)]] = True
+            self._stays = stays, firm
+        return self._stays
 
     def _check_spans(self, item: Aligned, views: list[tuple[int, torch.Tensor]]) -> None:
         """Where one operand may lose indices and another that spans the letter can't, the first must stay."""
@@ -258,12 +267,21 @@ class Solver:
         self._join(left.reshape(-1).numpy(), right.reshape(-1).numpy(), "shares a slice with entries that must stay")
 
     def _apply_freezes(self) -> None:
+        """Freeze until nothing changes: entries that stay anyway may be all that made a track vary in another way."""
+        before = -1
+        while before != (before := int(np.count_nonzero(self._reason))):
+            self._apply_freezes_once()
+
+    def _apply_freezes_once(self) -> None:
+        known = self._staying()
         for freeze in self._constraints.freezes:
-            code = self.canonical(freeze.labels)
+            self._stays = known  # what this round freezes counts in the next one
+            code = self._canonical_removable(freeze.labels)
             dims = varying(code)
             if len(dims) == 1 and dims[0] in freeze.dims:
                 stays = squeezed(code) if freeze.only is None else freeze.only
                 self._freeze(stays, freeze.reason, soft=freeze.soft and not self._exact, firm=not freeze.soft)
+        self._stays = None
 
     def _straighten(self) -> bool:
         """Bind ragged tracks along all dimensions but the one that leaves most removable groups; True if any was bound."""

@@ -214,6 +214,9 @@ def _slice(edit: Edit) -> None:
     if edit.node.target == _aten.select.int:
         edit.set("index", _rank(kept, edit.argument("index"), size[dim]))
         return
+    if bind_arguments(edit.node, lambda arg: arg).get("step", 1) != 1:
+        edit.set("end", len(kept))  # whole runs of `step` entries have gone, so it starts where it did
+        return
     start = edit.argument("start") or 0
     end = start + edit.argument("length") if operator_name(edit.node.target) == "aten::narrow" else edit.argument("end")
     first, last = _rank(kept, start, size[dim]), len(kept) if end is None else _rank(kept, end, size[dim])

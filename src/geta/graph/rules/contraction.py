@@ -16,6 +16,7 @@ from geta.graph.context import INTERNAL, Context, Place, narrow_dims
 from geta.graph.labels import Track, Value, compress, make_value, never_zero, squeezed
 from geta.graph.rules.elementwise import pointwise
 from geta.graph.rules.registry import rule
+from geta.graph.solver import Freeze
 
 
 def contract(ctx: Context, left: Place, right: Place, out: Sequence[int], shape: Sequence[int], *, joined: int = -1) -> Value:
@@ -53,7 +54,9 @@ def _reads(ctx: Context, reader: Place, source: Place, summed: Sequence[int], ra
             ctx.ledger.consumers |= track.origins
             ctx.ledger.demands.append((track.origins, code[doubtful] >> 1))
         hopeless = doubtful & ((code & 1) == 0)
-        ctx.constraints.fixed.append(((code[hopeless] >> 1).numpy(), f"would not be zero where it is summed over in {ctx.where}"))
+        if bool(hopeless.any()):  # only if it varies along the summed axis in the end: a head goes with its whole slice, zero or not
+            reason = f"would not be zero where it is summed over in {ctx.where}"
+            ctx.constraints.freezes.append(Freeze(code >> 1, tuple(summed), reason, only=code[hopeless] >> 1))
     if source.value.derived:
         ctx.produce(source.value)
 

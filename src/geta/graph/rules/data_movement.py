@@ -129,8 +129,13 @@ def slices(ctx: Context) -> Any:
     value, dim = ctx["self"], ctx["dim"] % ctx["self"].rank
     if isinstance(ctx.arguments.get("start"), Value) or isinstance(ctx.arguments.get("index"), Value):
         ctx.freeze(value, (dim,), f"is sliced at a computed position in {ctx.where}")
-    if ctx.arguments.get("step", 1) != 1:
+    step = ctx.arguments.get("step", 1)
+    if step != 1 and not _whole_steps(ctx, value, dim):
         ctx.freeze(value, (dim,), f"is sliced with a step in {ctx.where}")
+    elif step != 1:
+        for track in value.tracks:  # what lies between two picked entries goes with them, so that the step still fits
+            if dim in track.dims:
+                ctx.bind(compress(track.code.unflatten(dim, (-1, step))), (dim + 1,))
     tracks = []
     for track in value.tracks:
         moved = _run(ctx, "self", track)
@@ -166,6 +171,13 @@ def columns(ctx: Context) -> Value:
             line = narrow_dims(parts, (channel + 1,)).squeeze(channel + 1)
         tracks.append(Track(line.reshape(*line.shape, *[1] * (len(ctx.shape) - line.dim())).expand(ctx.shape), track.origins))
     return ctx.free(tracks, value.derived)
+
+
+def _whole_steps(ctx: Context, value: Value, dim: int) -> bool:
+    """Whether a slice with a step takes one entry out of every run of `step` entries, all runs being full."""
+    start, end, step, size = ctx.arguments.get("start") or 0, ctx.arguments.get("end"), ctx["step"], value.shape[dim]
+    known = isinstance(start, int) and (end is None or isinstance(end, int))
+    return known and size % step == 0 and 0 <= start < step and (end is None or end >= size)
 
 
 @rule("aten::cat", "aten::concat", "aten::concatenate")
