@@ -116,6 +116,8 @@ def check(entry: Entry, *, debug: bool = False, double: bool = False) -> dict[st
     graph = analyzed[0]
     for multiple in MULTIPLES:
         _one_multiple(record, model, graph, multiple, more=not double and multiple == MULTIPLES[0])
+    if not double:
+        record.run("quantized", lambda: parts.quantized(model, graph))
     if not double and dropout.found:
         dropout.on()
         record.run("gradients with dropout", lambda: _with_dropout(model, graph))

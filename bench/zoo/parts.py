@@ -18,6 +18,7 @@ from geta.subnet import CompactModel
 from geta.subnet.comparison import max_difference
 
 from .perturb import fresh_inputs
+from .quantized import same_families
 
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 Figures = dict[str, Any]
@@ -168,6 +169,14 @@ def exported(graph: DependencyGraph, small: CompactModel) -> Figures:
     if not difference <= TOLERANCE[torch.float32]:
         raise WrongError(f"the exported compact model differs by {difference:.3g}", difference=difference)
     return {"difference": difference}
+
+
+def quantized(model: nn.Module, graph: DependencyGraph) -> Figures:
+    """The families are those of the float model when weights and activations have quantizers."""
+    found = same_families(model, graph.example.args, dict(graph.example.kwargs), plain=graph)
+    if found:
+        raise WrongError(f"quantized, {len(found)} differences: {found[0]}", differences=found[:10])
+    return {}
 
 
 def pruned_again(graph: DependencyGraph, small: CompactModel) -> Figures:

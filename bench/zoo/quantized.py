@@ -24,13 +24,14 @@ def same_families(
     *,
     granularity: Granularity = "tensor",
     exact: bool = True,
+    plain: DependencyGraph | None = None,
 ) -> list[str]:
     """Differences, in words, between the families of `model` and those of a quantized copy; empty when there are none.
 
     Weights and activations are quantized; the activations' ranges come from the example inputs. What the quantizers add to a
-    family (a step size per channel) is left out of the comparison.
+    family (a step size per channel) is left out of the comparison. plain: the float model's graph, if it is at hand.
     """
-    plain = analyze(model, args, kwargs, exact=exact)
+    plain = plain or analyze(model, args, kwargs, exact=exact)
     quantized = quantize(
         copy.deepcopy(model),
         weights=Bits(4, 8),

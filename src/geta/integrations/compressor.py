@@ -31,7 +31,7 @@ class Compressor:
     weight_bits:     range of bit widths of the weights, None = not quantized.
     activation_bits: the same for activations; needs `calibration`, an iterable of real batches.
     multiple_of:     every family keeps a multiple of this many groups.
-    surrogate, granularity, exclude: as in `geta.quantize`. exact, dynamic_shapes: as in `geta.analyze`.
+    surrogate, granularity, exclude: as in `geta.quantize`. exact, dynamic_shapes, protect, prune: as in `geta.analyze`.
 
     Raises whatever `geta.analyze` and `geta.quantize` raise; ConfigError when the settings leave nothing to do.
     Source: GETA (arXiv 2502.16638), sections 3 to 5.
@@ -53,6 +53,8 @@ class Compressor:
         exclude: Sequence[str] | None = None,
         exact: bool = True,
         dynamic_shapes: Any = None,
+        protect: Sequence[str] | str = (),
+        prune: Sequence[str] | str | None = None,
     ) -> None:
         if not 0.0 <= sparsity < 1.0:
             raise ConfigError(f"sparsity = {sparsity}: it is the share of the groups to remove, from 0 to below 1")
@@ -66,7 +68,9 @@ class Compressor:
                 "surrogate, granularity, exclude and calibration have no effect without quantization: set weight_bits or activation_bits"
             )
         self.model = model
-        self.graph: DependencyGraph = analyze(model, args, kwargs, exact=exact, dynamic_shapes=dynamic_shapes)
+        self.graph: DependencyGraph = analyze(
+            model, args, kwargs, exact=exact, dynamic_shapes=dynamic_shapes, protect=protect, prune=prune
+        )
         self._sparsity = sparsity
         self._multiple_of = multiple_of
         self._weight_bits = None if weight_bits is None else Bits.of(weight_bits)
