@@ -59,7 +59,7 @@ def test_a_good_model_passes_every_part(record: dict[str, Any]) -> None:
     analyzed = record["parts"]["analyze"]
     assert analyzed["groups"] == 16
     assert "reaches the model output" in [reason for reason, _ in analyzed["reasons"]]
-    for part in ("eval 1", "train 1", "eval 8", "train 8", "again"):
+    for part in ("eval 1", "train 1", "eval 8", "train 8", "again", "quantized"):
         assert record["parts"][part]["difference"] <= 1e-5
         assert record["parts"][part]["effect"] > 1e-2, "zeroing changed nothing: the comparison would be empty"
     json.dumps(record, allow_nan=False)

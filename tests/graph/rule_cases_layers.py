@@ -184,7 +184,8 @@ def attention() -> list[Case]:
             y = aten.scaled_dot_product_attention(split(lin(x, p.q)), split(lin(x, p.k)), split(lin(x, p.v)), **given)
             return lin(joined(aten.transpose(y, 1, 2)), p.b)
 
-        return Case("aten::scaled_dot_product_attention", fn, params, {"q.0": groups, "v.0": groups, "b.1": groups}, label=label)
+        values: int | str = groups if kv > 2 else "is folded together with an independent dimension"  # heads that share one value
+        return Case("aten::scaled_dot_product_attention", fn, params, {"q.0": groups, "v.0": values, "b.1": groups}, label=label)
 
     single = {"q": (6, 4), "k": (6, 4), "v": (8, 4), "b": (3, 8)}
     scale = 6**-0.5
@@ -193,7 +194,7 @@ def attention() -> list[Case]:
         case("causal", 4, is_causal=True),
         case("a bias", 4, attn_mask="m"),
         case("grouped queries", 2, kv=4, enable_gqa=True),
-        case("one key-value head", 0, kv=2, enable_gqa=True),
+        case("one key-value head", 4, kv=2, enable_gqa=True),
         Case(
             "aten::scaled_dot_product_attention",
             lambda p, x: lin(aten.scaled_dot_product_attention(lin(x, p.q), lin(x, p.k), lin(x, p.v), scale=scale), p.b),

@@ -183,10 +183,17 @@ def parts() -> list[Case]:
         last("slice", lambda x: aten.slice(x, 2, 0, x.shape[2]), 6, "everything"),
         Case(
             "aten::slice",
-            lambda p, x: lin(aten.slice(lin(x, p.a), -1, 0, 6, 2), p.b),
+            lambda p, x: lin(aten.slice(lin(x, p.a), -1, 1, 6, 2), p.b),
             {"a": (6, 4), "b": (3, 3)},
-            {"a.0": "is sliced with a step"},
+            {"a.0": 3},
             label="a step",
+        ),
+        Case(
+            "aten::slice",
+            lambda p, x: lin(aten.slice(lin(x, p.a), -1, 0, 6, 4), p.b),
+            {"a": (6, 4), "b": (3, 2)},
+            {"a.0": "is sliced with a step"},
+            label="a step that does not fit",
         ),
         last("select", lambda x: aten.select(x, 1, -2), 6, "another dimension"),
         Case(

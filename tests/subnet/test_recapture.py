@@ -44,7 +44,8 @@ def _count_captures(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
 
 
 def test_one_capture_per_mode(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, x = Net(), torch.randn(2, 4)
+    torch.manual_seed(0)
+    model, x = Net(), torch.randn(9, 4)
     seen = _count_captures(monkeypatch)
     graph = geta.analyze(model, (x,))
     first = geta.compact(model, graph, graph.random_selection(0.5, seed=0))

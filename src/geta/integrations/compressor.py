@@ -68,9 +68,7 @@ class Compressor:
                 "surrogate, granularity, exclude and calibration have no effect without quantization: set weight_bits or activation_bits"
             )
         self.model = model
-        self.graph: DependencyGraph = analyze(
-            model, args, kwargs, exact=exact, dynamic_shapes=dynamic_shapes, protect=protect, prune=prune
-        )
+        self.graph: DependencyGraph = analyze(model, args, kwargs, exact=exact, dynamic_shapes=dynamic_shapes, protect=protect, prune=prune)
         self._sparsity = sparsity
         self._multiple_of = multiple_of
         self._weight_bits = None if weight_bits is None else Bits.of(weight_bits)
