@@ -37,10 +37,27 @@ def same_families(
         weights=Bits(4, 8),
         activations=Bits(8, 8),
         granularity=granularity,
-        exclude=[glob.escape(path) for path, module in model.named_modules() if path and parametrize.is_parametrized(module)],
+        exclude=[glob.escape(path) for path in [*_parametrized(model), *_never_called(model, args, dict(kwargs or {}))]],
         calibration=[_batch(model, args, dict(kwargs or {}))],
     )
     return differences(plain, analyze(quantized, args, kwargs, exact=exact))
+
+
+def _parametrized(model: nn.Module) -> list[str]:
+    return [path for path, module in model.named_modules() if path and parametrize.is_parametrized(module)]
+
+
+def _never_called(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[str]:
+    """Modules whose forward does not run (their weights are used by other code): there is no input to put a quantizer on."""
+    called: set[int] = set()
+    handles = [module.register_forward_pre_hook(lambda module, _: called.add(id(module))) for module in model.modules()]
+    try:
+        with torch.no_grad():
+            model(*args, **kwargs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return [path for path, module in model.named_modules() if path and id(module) not in called and next(module.children(), None) is None]
 
 
 def differences(plain: DependencyGraph, quantized: DependencyGraph) -> list[str]:
