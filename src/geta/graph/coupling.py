@@ -37,7 +37,7 @@ def build_families(found: Propagation, partition: Partition, model: nn.Module) -
     owners = [(number, owner) for number, owner in enumerate(found.space.owners) if owner.tensor]
     if not owners:
         return []
-    labels = np.concatenate([np.arange(owner.start, owner.start + owner.size) for _, owner in owners])
+    labels = np.concatenate([np.arange(owner.start, owner.start + owner.size) for owner in _in_order(owners, model)])
     roots, first = np.unique(partition.root[labels], return_index=True)
     order = np.argsort(first, kind="stable")
     families: dict[tuple[int, str], list[int]] = {}
@@ -52,6 +52,17 @@ def build_families(found: Propagation, partition: Partition, model: nn.Module) -
             continue
         built.append(_family(found, partition, (members, reason), mine, (buffers, demanded, model)))
     return _unique_names(built)
+
+
+def _in_order(owners: list[tuple[int, Owner]], model: nn.Module) -> list[Owner]:
+    """By module, weights first. Attaching quantizers moves a weight behind its bias; names must not depend on that."""
+    order = {path: place for place, (path, _) in enumerate(model.named_modules())}
+
+    def key(owner: Owner) -> tuple[int, bool]:
+        path, _, leaf = owner.tensor.rpartition(".")
+        return order.get(path, len(order)), leaf != "weight"
+
+    return sorted((owner for _, owner in owners), key=key)
 
 
 def _signatures(found: Propagation, partition: Partition) -> np.ndarray:
