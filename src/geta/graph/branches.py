@@ -17,22 +17,9 @@ from torch import fx
 from geta.graph.capture import Capture
 from geta.graph.context import concrete_shape
 from geta.graph.rules.affine import Written, argument, name_of, recognise, root
+from geta.graph.rules.quantizers import AFFINE, OBSERVED
 
-_ONE_OPERATOR = frozenset(
-    {
-        "geta::fake_quantize",
-        "aten::fake_quantize_per_tensor_affine",
-        "aten::fake_quantize_per_tensor_affine_cachemask",
-        "aten::_fake_quantize_per_tensor_affine_cachemask_tensor_qparams",
-        "aten::_fake_quantize_learnable_per_tensor_affine",
-        "aten::fake_quantize_per_channel_affine",
-        "aten::fake_quantize_per_channel_affine_cachemask",
-        "aten::_fake_quantize_learnable_per_channel_affine",
-        "aten::fused_moving_avg_obs_fake_quant",
-        "aten::_fused_moving_avg_obs_fq_helper",
-        "quantized_decomposed::fake_quant_per_channel",
-    }
-)
+_ONE_OPERATOR = frozenset({"geta::fake_quantize", *AFFINE, *OBSERVED})
 _QUANTIZES = ("quantized_decomposed::quantize_", "torchao::quantize_affine")
 _DEQUANTIZES = ("quantized_decomposed::dequantize_", "torchao::dequantize_affine", "geta::dequantize")
 WRITTEN_OUT = "written out"

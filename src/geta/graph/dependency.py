@@ -72,13 +72,7 @@ class DependencyGraph:
         """A stable description without index maps: format 1, see docs/json-format.md."""
         families = [
             {
-                "name": family.name,
-                "unit": family.unit,
-                "size": family.size,
-                "prunable": family.prunable,
-                "reason": family.reason,
-                "inexact": family.inexact,
-                "suggestion": family.suggestion,
+                **family.summary(),
                 "members": [
                     {"param": m.param, "dim": m.dim, "rows_per_group": int(m.index.shape[1]), "role": m.role, "zero": m.zero}
                     for m in family.members

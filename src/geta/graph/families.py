@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -56,6 +56,18 @@ class Family:
     members: tuple[Member, ...]
     inexact: str = ""
     suggestion: str = ""
+
+    def summary(self) -> dict[str, Any]:
+        """All but the members, as plain data."""
+        return {
+            "name": self.name,
+            "unit": self.unit,
+            "size": self.size,
+            "prunable": self.prunable,
+            "reason": self.reason,
+            "inexact": self.inexact,
+            "suggestion": self.suggestion,
+        }
 
     @property
     def zeroed(self) -> tuple[Member, ...]:

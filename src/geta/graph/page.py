@@ -75,13 +75,7 @@ def page_data(graph: DependencyGraph) -> dict[str, Any]:
     ]
     families = [
         {
-            "name": family.name,
-            "unit": family.unit,
-            "size": family.size,
-            "prunable": family.prunable,
-            "reason": family.reason,
-            "inexact": family.inexact,
-            "suggestion": family.suggestion,
+            **family.summary(),
             "touched": _touched(graph, family, sizes),
             "members": [[text(m.param), m.dim, int(m.index.shape[1]), m.role, m.zero] for m in family.members],
         }

@@ -27,7 +27,7 @@ from geta.subnet.comparison import max_difference
 from geta.subnet.pretrained import Fit, UnfitError, fitting_configs, is_pretrained
 from geta.subnet.removal import TOLERANCE, analysed, checked_selection, kept_by_name, sliced, zeroed
 from geta.subnet.rewrite import Kept
-from geta.subnet.trials import Bench, first_line
+from geta.subnet.trials import Bench, type_and_line
 
 TRAINING_TOLERANCE = 1e-3
 """Relative difference allowed in training mode, where BatchNorm divides by the deviation of a small batch."""
@@ -219,7 +219,7 @@ class _Maker:
         try:
             small = copy.deepcopy(self.model)
         except Exception as error:  # noqa: BLE001 - the user's classes may refuse a copy for any reason; it is reported
-            return f"the model can't be copied ({first_line(error)})"
+            return f"the model can't be copied ({type_and_line(error)})"
         for name, cut in self.cuts.items():
             try:
                 tensor = _stored(small, name)
@@ -228,7 +228,7 @@ class _Maker:
                     tensor, cut.kept
                 ).detach()  # in place: tied tensors stay tied, optimizers and RNNs hold the same object
             except (RuntimeError, TypeError) as error:
-                return f"'{name}' can't be sliced in place ({first_line(error)})"
+                return f"'{name}' can't be sliced in place ({type_and_line(error)})"
         return small
 
     def _bench(self, small: nn.Module) -> Bench:
@@ -248,11 +248,11 @@ class _Maker:
         try:
             first, second = (_train_run(self.model, self.graph, seed) for seed in (0, 1))
         except Exception as error:  # noqa: BLE001 - a model that can't train on its example inputs is not compared there
-            return [f"not compared in training mode, because the model itself fails there: {first_line(error)}"], ""
+            return [f"not compared in training mode, because the model itself fails there: {type_and_line(error)}"], ""
         try:
             found = _train_run(small, self.graph, 0)
         except Exception as error:  # noqa: BLE001 - whatever it raises is the reason
-            return [], f"it fails in training mode: {first_line(error)}"
+            return [], f"it fails in training mode: {type_and_line(error)}"
         if max_difference(first, second)[1] > 0:
             return [], ""
         gap = max_difference(first, found)[1]

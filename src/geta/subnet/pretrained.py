@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from geta.subnet.attributes import HEAD_COUNTS, Change, Sizes, apply
-from geta.subnet.trials import first_line
+from geta.subnet.trials import type_and_line
 
 MOST_BUILDS = 200
 _Shapes = Mapping[str, tuple[int, ...]]
@@ -92,7 +92,7 @@ def fitting_configs(model: nn.Module, wanted: _Shapes, sizes: Sizes) -> Iterator
     try:
         before = search.build(config)
     except Exception as error:  # the constructor is the user's code
-        raise UnfitError(f"{type(model).__name__}(config) can't be built on the meta device: {first_line(error)}") from error
+        raise UnfitError(f"{type(model).__name__}(config) can't be built on the meta device: {type_and_line(error)}") from error
     seen: list[list[str]] = []
     for heads_first in (True, False):
         found, numbers = search.run(config, before, heads_first=heads_first)

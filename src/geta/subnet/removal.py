@@ -66,7 +66,7 @@ def analysed(model: nn.Module, graph: DependencyGraph, *, train: bool) -> Analys
     captured = capture(model, example.args, example.kwargs, dynamic_shapes=example.dynamic_shapes, train=train)
     found = analyse_capture(model, captured, exact=example.exact, limits=example.limits)
     if model is graph.model:
-        graph.analyses[train] = (fingerprint(model), found)
+        graph.analyses[train] = (now, found)
     return found
 
 

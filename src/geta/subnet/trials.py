@@ -18,6 +18,7 @@ import torch.utils._pytree as pytree
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from geta.graph.places import first_line
 from geta.graph.preserve import mode_of
 from geta.subnet.attributes import HEAD_COUNTS, INNER_WIDTHS, Change, Proposal, Sizes, applied, proposals
 from geta.subnet.comparison import max_difference
@@ -105,10 +106,9 @@ def run(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> l
         return pytree.tree_leaves(model(*args, **kwargs))
 
 
-def first_line(error: BaseException) -> str:
-    """Type and first line of an error."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0].rstrip('.')}" if lines else type(error).__name__
+def type_and_line(error: BaseException) -> str:
+    """Type and first line of an error; the type alone where the error says nothing."""
+    return f"{type(error).__name__}: {first_line(error)}" if str(error).strip() else type(error).__name__
 
 
 @dataclass
@@ -155,7 +155,7 @@ class Bench:
                     run(self.small, *self.inputs)
             except Exception as error:  # noqa: BLE001 - the user's forward raises what it likes; it is the answer of this trial
                 where = watch.running[-1] if watch.running else ""
-                trouble.append(Outcome(len(finished), steps.count, where, first_line(error), tuple(finished)))
+                trouble.append(Outcome(len(finished), steps.count, where, type_and_line(error), tuple(finished)))
         return trouble[0] if trouble else Outcome(len(finished), steps.count, "", "", tuple(finished))
 
     def _problem(self, wanted: Call, found: Call) -> str:

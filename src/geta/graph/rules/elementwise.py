@@ -63,7 +63,8 @@ def _bits(value: Value, tracks: Sequence[tuple[torch.Tensor, frozenset[int]]], d
     units can only be what that track varies along, because anything finer would have to match a tensor of fixed size.
     """
     same = [code for code, _ in tracks if varying(code) == dims]
-    if not same and all(value.shape[dim - len(out)] > 1 if len(out) - dim <= value.rank else False for dim in dims):
+    lead = len(out) - value.rank
+    if not same and all(dim >= lead and value.shape[dim - lead] > 1 for dim in dims):
         same = [code for code, _ in tracks if varying(code) and set(varying(code)) < set(dims)]
     return combine([zero_bit(code) for code in same], "and") if same else torch.zeros(1, dtype=torch.int64).expand(out)
 

@@ -25,6 +25,21 @@ _PARAMETERS = ("scale", "scales", "zero_point", "zero_points")
 _PAIRS = {name: f"de{name}" for name in _OUTPUT}
 
 
+AFFINE = (
+    "aten::fake_quantize_per_tensor_affine",
+    "aten::fake_quantize_per_tensor_affine_cachemask",
+    "aten::_fake_quantize_per_tensor_affine_cachemask_tensor_qparams",
+    "aten::_fake_quantize_learnable_per_tensor_affine",
+    "aten::fake_quantize_per_channel_affine",
+    "aten::fake_quantize_per_channel_affine_cachemask",
+    "aten::_fake_quantize_learnable_per_channel_affine",
+    "quantized_decomposed::fake_quant_per_channel",
+)
+"""Fake quantizers in one operator, with a scale and a zero point that are given to them."""
+OBSERVED = ("aten::fused_moving_avg_obs_fake_quant", "aten::_fused_moving_avg_obs_fq_helper")
+"""The same with an observer that sets both."""
+
+
 def special_rules(found: Recognised) -> dict[fx.Node, Rule]:
     """Rules for single nodes that mean more than their operator says."""
     rules: dict[fx.Node, Rule] = {}
@@ -68,16 +83,7 @@ def dequantize(ctx: Context) -> Value:
     return quantized(ctx, codes, [_trailing(codes, ctx["scale"])])
 
 
-@rule(
-    "aten::fake_quantize_per_tensor_affine",
-    "aten::fake_quantize_per_tensor_affine_cachemask",
-    "aten::_fake_quantize_per_tensor_affine_cachemask_tensor_qparams",
-    "aten::_fake_quantize_learnable_per_tensor_affine",
-    "aten::fake_quantize_per_channel_affine",
-    "aten::fake_quantize_per_channel_affine_cachemask",
-    "aten::_fake_quantize_learnable_per_channel_affine",
-    "quantized_decomposed::fake_quant_per_channel",
-)
+@rule(*AFFINE)
 def fake_quantize_affine(ctx: Context) -> Any:
     """(clamp(round(x / s) + z) - z) * s. The learnable ones round and clamp their zero point themselves."""
     x = ctx.arguments.get("self", ctx.arguments.get("input"))
@@ -110,7 +116,7 @@ def _from_qparams(node: fx.Node) -> bool:
     return isinstance(origin, fx.Node) and bool(origin.args) and name_of(origin.args[0]).rpartition("::")[2].startswith("choose_qparams")
 
 
-@rule("aten::fused_moving_avg_obs_fake_quant", "aten::_fused_moving_avg_obs_fq_helper")
+@rule(*OBSERVED)
 def observed(ctx: Context) -> Any:
     """Updates its range from what it sees: a moving average of minima and maxima, which zeros may move."""
     x: Value = ctx["self"]

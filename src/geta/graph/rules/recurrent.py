@@ -8,11 +8,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-
 from geta.graph.context import Context, Place, concrete_shape, narrow_dims
 from geta.graph.labels import Track, Value, compress, make_value, squeezed
 from geta.graph.rules.contraction import contract
+from geta.graph.rules.elementwise import combine, zero_bit
 from geta.graph.rules.registry import rule
 
 _GATES = {"lstm": 4, "gru": 3, "rnn_tanh": 1, "rnn_relu": 1}
@@ -76,12 +75,9 @@ def _results(ctx: Context, units: list[Value], starts: list[Value], readers: lis
     shapes = [concrete_shape(fake) for fake in ctx.node.meta["val"]]
     if source is None:
         return tuple(Value(shape) for shape in shapes)
-    zero = torch.ones_like(source.code)
-    for value in (*units, *starts):
-        bits = [track.code & 1 for track in value.tracks]
-        zero = zero & (bits[0] if bits else torch.zeros_like(zero))
-        for bit in bits[1:]:
-            zero = zero & bit
+    known = [*units, *starts]
+    bits = [zero_bit(track.code) for value in known for track in value.tracks]
+    zero = combine(bits, "and" if all(value.tracks for value in known) else "lose")
     code = source.code.bitwise_and(-2) | zero
     doubtful = zero == 0
     for value in readers:  # who reads a state that does not stay zero must be zero there itself
