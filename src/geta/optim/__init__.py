@@ -1,9 +1,10 @@
-"""Optimizers that compress while they train: QASSO and its parts."""
+"""Optimizers that compress while they train: QASSO, HESSO and their parts."""
 
 from __future__ import annotations
 
 from geta.optim.forget import Forgetting
 from geta.optim.groups import GroupIndex
+from geta.optim.hesso import HESSO
 from geta.optim.qasso import QASSO
 from geta.optim.saliency import CRITERIA, GroupStatistics, Saliency, register_criterion
 from geta.optim.schedule import Schedule, Stage
@@ -11,6 +12,7 @@ from geta.optim.selection import Selector
 
 __all__ = [
     "CRITERIA",
+    "HESSO",
     "QASSO",
     "Forgetting",
     "GroupIndex",

@@ -13,8 +13,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from geta.graph.names import find_tensor
 from geta.quant.ops import Q_M_DOMAIN, T_DOMAIN, bit_width, step_size
 from geta.quant.quantizer import Quantizer
 
@@ -51,6 +52,10 @@ class QuantizerBank:
 
     def __len__(self) -> int:
         return len(self.quantizers)
+
+    def weights_of(self, model: nn.Module) -> dict[int, int]:
+        """{id of a quantized parameter of `model`: position of its quantizer}."""
+        return {id(find_tensor(model, q.name)): i for i, q in enumerate(self.quantizers) if q.kind == "weight"}
 
     def read(self) -> Steps:
         """The current parameters, copied."""

@@ -172,6 +172,19 @@ class Pruner:
             self._move_(active, quantized, gamma_F, last=position[0] == position[1] - 1)
         return ratio_L
 
+    def decay_(self, position: tuple[int, int]) -> None:
+        """HESSO's path: `x_R <- x_R (K_p - k - 1) / (K_p - k)` after the base optimizer's step; exactly zero in the last one."""
+        k, length = position
+        kept = (length - k - 1) / (length - k)
+        for active in self._active:
+            tensor = active.entry.tensor
+            if kept == 0.0:
+                tensor.masked_fill_(active.mask, 0)
+            elif active.rows is not None:
+                tensor.index_copy_(active.entry.dims[0], active.rows, active.take(tensor) * kept)
+            else:
+                tensor.mul_(torch.where(active.mask, kept, 1.0).to(tensor.dtype))
+
     def finish_period_(self) -> None:
         """The redundant groups are zero now: they are pruned from here on, buffers included."""
         self.pruned = self.pruned | self.redundant

@@ -13,23 +13,22 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from geta.errors import CheckpointError, ConfigError, GetaError
+from geta.errors import GetaError
 from geta.graph.names import find_tensor
 from geta.optim.bank import QuantizerBank, Steps
 from geta.optim.forget import Forgetting, check_forgetting
-from geta.optim.groups import Graph, GroupIndex
-from geta.optim.pruner import Pruner
-from geta.optim.saliency import Saliency, SaliencySpec
+from geta.optim.groups import Graph
+from geta.optim.saliency import SaliencySpec
 from geta.optim.schedule import Schedule, Stage
-from geta.optim.selection import Selector
-from geta.optim.setup import BitsLike, as_schedule, check_share, refuse_unprunable, replaced_bits, trained_parameters
-from geta.optim.wrapper import WrappingOptimizer, call_base, move_to_own_group
+from geta.optim.setup import BitsLike, as_schedule, check_quant_lr, replaced_bits, trained_parameters
+from geta.optim.structured import StructuredOptimizer
+from geta.optim.wrapper import call_base, move_to_own_group
 from geta.quant import quantizers
 
 _BITS_TOLERANCE = 1e-3
 
 
-class QASSO(WrappingOptimizer):
+class QASSO(StructuredOptimizer):
     """Quantization-aware structured sparse optimizer over `base`: prunes and quantizes while it trains.
 
         min f(x, d, q_m, t)   s.t.   exactly K groups are zero,  b_l <= b_i <= b_u and integer
@@ -76,39 +75,25 @@ class QASSO(WrappingOptimizer):
         forgetting: Forgetting = "blend",
         tighten: bool = True,
     ) -> None:
-        check_share(sparsity, quant_lr)
-        self.schedule = as_schedule(schedule)
-        rule = check_forgetting(forgetting)
+        check_quant_lr(quant_lr)
+        plan, rule = as_schedule(schedule), check_forgetting(forgetting)
         found = list(quantizers(graph.model).values())
-        self._index = GroupIndex(graph, skip={id(p) for quantizer in found for p in quantizer.parameters()})
-        wanted = int(sparsity * self._index.num_groups)
-        if sparsity > 0.0 and not self._index.num_groups:
-            refuse_unprunable(graph, sparsity)
-        selector = Selector(self._index.sizes, wanted, multiple_of)
-        if selector.target and not self.schedule.joint_steps:
-            raise ConfigError(f"{selector.target} groups are to be removed, but the schedule has no joint stage: give schedule.joint > 0")
-        criteria = Saliency(saliency)
         bounds = {"weight": replaced_bits("weight_bits", weight_bits, "weight", found)}
         bounds["activation"] = replaced_bits("activation_bits", activation_bits, "activation", found)
         for quantizer in found:
-            wanted_bits = bounds[quantizer.kind] or quantizer.bits
-            self.schedule.check_bits(wanted_bits.upper, f"quantizer '{quantizer.name}'")
-        super().__init__(base)
+            plan.check_bits((bounds[quantizer.kind] or quantizer.bits).upper, f"quantizer '{quantizer.name}'")
+        self._bank = QuantizerBank(found)
+        super().__init__(
+            base, graph, sparsity=sparsity, schedule=plan, multiple_of=multiple_of, saliency=saliency, bank=self._bank, forgetting=rule
+        )
         move_to_own_group(base, trained_parameters(graph, found), quant_lr)
         for quantizer in found:
             quantizer.bits = bounds[quantizer.kind] or quantizer.bits
-        self._graph, self._rule = graph, rule
-        self._bank = QuantizerBank(found)
+        self._bank.read_settings()
+        self._rule = rule
         self._tightened = {i: find_tensor(graph.model, q.name) for i, q in enumerate(found) if q.kind == "weight"} if tighten else {}
-        layers = {id(find_tensor(graph.model, q.name)): i for i, q in enumerate(found) if q.kind == "weight"}
-        self._pruner = Pruner(self._index, selector, saliency=criteria, bank=self._bank, layers=layers, forgetting=rule)
-        self._prunes = selector.target > 0
-        self._step = 0
         self._bits: Tensor | None = None
         self._upper: tuple[tuple[float, ...], Tensor] | None = None
-        self.notes = [*self._index.notes, *([selector.note] if selector.note else [])]
-        if sparsity > 0.0 and wanted == 0:
-            self.notes.append(f"sparsity {sparsity} of {self._index.num_groups} groups is less than one group: nothing is removed")
 
     def step(self, closure: Callable[[], float] | None = None) -> Any:
         """One optimizer step; returns the closure's loss if a closure is given.
@@ -138,26 +123,6 @@ class QASSO(WrappingOptimizer):
         return loss
 
     @property
-    def stage(self) -> Stage:
-        """The stage that the next step belongs to."""
-        return self.schedule.stage_at(self._step)
-
-    @property
-    def target_groups(self) -> int:
-        """K: how many groups are zero in the end."""
-        return self._pruner.selector.target
-
-    @property
-    def selection(self) -> dict[str, Tensor]:
-        """The groups removed so far: {family name: BoolTensor[n]}, as `geta.compact` takes it."""
-        return self._index.selection(torch.from_numpy(self._pruner.pruned))
-
-    @property
-    def redundant(self) -> dict[str, Tensor]:
-        """The groups on their way to zero in the current period: {family name: BoolTensor[n]}."""
-        return self._index.selection(torch.from_numpy(self._pruner.redundant))
-
-    @property
     def bits(self) -> dict[str, float]:
         """Bit width of every quantized tensor now, by its name. Waits for the device."""
         if not len(self._bank):
@@ -170,55 +135,22 @@ class QASSO(WrappingOptimizer):
 
         `mean_*bits` and `upper_bound` (of the widest tensor, in bits) are None without quantizers.
         """
-        bits, groups = self.bits, self._index.num_groups
-        pruned = int(self._pruner.pruned.sum())
-        step, stage = self._step, self.stage
-        uppers = [self.schedule.upper_bits_at(step, quantizer.bits.upper) for quantizer in self._bank.quantizers]
+        bits = self.bits
+        uppers = [self.schedule.upper_bits_at(self._step, quantizer.bits.upper) for quantizer in self._bank.quantizers]
         return {
-            "step": step,
-            "total_steps": self.schedule.total_steps,
-            "stage": stage,
-            "period": self.schedule.joint_at(step).period if stage == "joint" else None,
-            "groups": groups,
-            "target_groups": self.target_groups,
-            "pruned_groups": pruned,
-            "redundant_groups": int(self._pruner.redundant.sum()),
-            "groups_left": self.target_groups - pruned,
-            "group_sparsity": pruned / groups if groups else 0.0,
+            **super().progress(),
             "mean_bits": _mean(list(bits.values())),
             "mean_weight_bits": _mean([bits[q.name] for q in self._bank.quantizers if q.kind == "weight"]),
             "mean_activation_bits": _mean([bits[q.name] for q in self._bank.quantizers if q.kind == "activation"]),
             "upper_bound": max(uppers, default=None),
         }
 
-    def report(self) -> list[str]:
-        """What was reached, in words: groups, bits, and every note (missed targets, alignment)."""
-        now = self.progress()
-        lines = [
-            f"step {now['step']} of {now['total_steps']}, {now['stage']}",
-            f"{now['pruned_groups']} of {now['groups']} groups removed, {now['target_groups']} wanted",
-        ]
-        counts = Counter((q.kind, self.bits[q.name]) for q in self._bank.quantizers) if self._bits is not None else Counter()
-        lines += [f"{count} {kind} tensors with {bits:g} bits" for (kind, bits), count in sorted(counts.items())]
-        if self._bits is None and now["mean_bits"] is not None:
-            lines.append(f"{now['mean_bits']:.2f} bits on average, not yet rounded")
-        return [*lines, *self.notes]
-
     def check(self) -> None:
         """Assert the result: exactly K zero groups and every bit width an integer in its range.
 
         Raises GetaError with the numbers otherwise, also when the run stopped before the cool-down.
         """
-        if self._step < self.schedule.cooldown_start:
-            raise GetaError(
-                f"the run stopped at step {self._step}, in {self.stage}; targets are met from step {self.schedule.cooldown_start} on: "
-                f"train longer or shorten the schedule"
-            )
-        zero = int(self._index.zero_groups().sum())
-        if zero != self.target_groups:
-            raise GetaError(
-                f"{zero} groups are zero, but exactly {self.target_groups} should be: were parameters changed outside the optimizer?"
-            )
+        super().check()
         if self._bits is None:
             return
         actual = self._bank.bit_widths().tolist()
@@ -229,6 +161,13 @@ class QASSO(WrappingOptimizer):
                     f"'{quantizer.name}' has {value:.4f} bits where {bits:g}, an integer in [{low}, {high}], was fixed: were d, q_m or t "
                     f"changed outside the optimizer?"
                 )
+
+    def _headlines(self) -> list[str]:
+        lines, mean = super()._headlines(), self.progress()["mean_bits"]
+        if self._bits is None:
+            return lines if mean is None else [*lines, f"{mean:.2f} bits on average, not yet rounded"]
+        counts = Counter((q.kind, self.bits[q.name]) for q in self._bank.quantizers)
+        return [*lines, *(f"{count} {kind} tensors with {bits:g} bits" for (kind, bits), count in sorted(counts.items()))]
 
     def _joint(self, before: Mapping[int, Tensor], steps: Steps | None) -> tuple[Tensor, Tensor]:
         """Mark, forget, prune; returns d / d(b_l) by the rule and which quantizers it is for (both [L])."""
@@ -265,56 +204,21 @@ class QASSO(WrappingOptimizer):
             self._upper = (bounds, torch.tensor(bounds, dtype=self._bank.lower_L.dtype, device=self._bank.device))
         return self._upper[1]
 
-    def _check_finite(self) -> None:
-        """One synchronisation, once per period."""
-        parameters = [parameter for group in self.param_groups for parameter in group["params"]]
-        finite = torch.stack([parameter.detach().isfinite().all().cpu() for parameter in parameters])
-        if bool(finite.all()):
-            return
-        broken = {id(parameter) for parameter, fine in zip(parameters, finite.tolist(), strict=True) if not fine}
-        names = [name for name, parameter in self._graph.model.named_parameters() if id(parameter) in broken]
-        raise GetaError(
-            f"before step {self._step} ({self.stage}) {len(broken)} parameters are no longer finite (first: "
-            f"'{names[0] if names else 'unnamed'}'): resume from an earlier checkpoint with a lower learning rate or clipped gradients"
-        )
-
     def _settings(self) -> dict[str, Any]:
-        """What a checkpoint must agree with, as plain data."""
         return {
-            "schedule": self.schedule.to_dict(),
-            "families": {family.name: family.size for family in self._index.families},
-            "target_groups": self.target_groups,
-            "multiple_of": self._pruner.selector.multiple_of,
+            **super()._settings(),
             "forgetting": self._rule,
             "tighten": bool(self._tightened),
             "bits": {q.name: [q.bits.lower, q.bits.upper] for q in self._bank.quantizers},
         }
 
     def _extra_state(self) -> dict[str, Any]:
-        return {
-            "settings": self._settings(),
-            "step": self._step,
-            "stage": self.stage,
-            "redundant": torch.from_numpy(self._pruner.redundant.copy()),
-            "pruned": torch.from_numpy(self._pruner.pruned.copy()),
-            "bits": torch.zeros(0, dtype=torch.int64) if self._bits is None else self._bits.to("cpu", torch.int64),
-        }
-
-    def _check_extra_state(self, extra: Mapping[str, Any]) -> None:
-        missing = [key for key in ("settings", "step", "redundant", "pruned", "bits") if key not in extra]
-        if missing:
-            raise CheckpointError(f"the optimizer state lacks {', '.join(missing)}: it is damaged or of another version")
-        for key, mine in self._settings().items():
-            saved = extra["settings"].get(key)
-            if saved != mine:
-                raise CheckpointError(f"the checkpoint was made with {key} = {saved}, this run has {mine}: resume with the same settings")
+        bits = torch.zeros(0, dtype=torch.int64) if self._bits is None else self._bits.to("cpu", torch.int64)
+        return {**super()._extra_state(), "bits": bits}
 
     def _load_extra_state(self, extra: Mapping[str, Any]) -> None:
         self._bank.read_settings()
-        self._step = int(extra["step"])
-        self._pruner.redundant = extra["redundant"].cpu().numpy().astype(bool)
-        self._pruner.pruned = extra["pruned"].cpu().numpy().astype(bool)
-        self._pruner.refresh()
+        super()._load_extra_state(extra)
         saved = extra["bits"]
         self._bits = saved.to(self._bank.device, self._bank.lower_L.dtype) if saved.numel() else None
 

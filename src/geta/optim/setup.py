@@ -15,10 +15,14 @@ from geta.quant import Bits, Quantizer
 BitsLike = Bits | Sequence[int] | int | None
 
 
-def check_share(sparsity: float, quant_lr: float) -> None:
-    """Raise ConfigError unless 0 <= sparsity < 1 and 0 <= quant_lr."""
+def check_sparsity(sparsity: float) -> None:
+    """Raise ConfigError unless 0 <= sparsity < 1."""
     if isinstance(sparsity, bool) or not isinstance(sparsity, int | float) or not 0.0 <= sparsity < 1.0:
         raise ConfigError(f"sparsity is {sparsity!r}: it must be in [0, 1), the share of groups to remove")
+
+
+def check_quant_lr(quant_lr: float) -> None:
+    """Raise ConfigError unless the learning rate is finite and not negative."""
     if not 0.0 <= quant_lr < float("inf"):
         raise ConfigError(f"quant_lr is {quant_lr!r}: it must be finite and not negative")
 

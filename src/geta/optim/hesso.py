@@ -1,0 +1,104 @@
+"""HESSO: any torch optimizer plus one hard constraint, exactly K groups at zero; no quantizers, no learning-rate of its own."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.optim import Optimizer
+
+from geta.errors import ConfigError
+from geta.optim.bank import QuantizerBank
+from geta.optim.groups import Graph
+from geta.optim.saliency import SaliencySpec
+from geta.optim.schedule import Schedule
+from geta.optim.setup import as_schedule
+from geta.optim.structured import StructuredOptimizer
+from geta.optim.wrapper import call_base
+from geta.quant import quantizers
+
+
+class HESSO(StructuredOptimizer):
+    """Hybrid efficient structured sparse optimizer over `base`: prunes while it trains.
+
+    With delta the step that `base` proposes, every period of the joint stage marks the least important groups R and
+
+        x   <- x + delta                                     important groups
+        x_R <- (x_R + delta_R) (K_p - k - 1) / (K_p - k)     redundant groups, zero in the period's last step k = K_p - 1
+
+    Removed groups stay at zero to the end.
+
+    base:        any torch optimizer over the model's parameters; `param_groups` and `state` stay its own.
+    graph:       the model's DependencyGraph.
+    sparsity:    K = floor(sparsity * number of prunable groups), in [0, 1).
+    schedule:    a `Schedule`, or the planned number of steps. There is nothing to project, so that a projection stage counts
+                 as warm-up.
+    multiple_of: each family keeps a multiple of this many groups, or all.
+    saliency:    see `geta.optim.saliency.Saliency`.
+
+    Raises ConfigError for impossible settings, and for a model with quantizers, whose bit widths only `QASSO` keeps in range.
+    Source: HESSO (arXiv 2409.09085), section 3.
+    """
+
+    def __init__(
+        self,
+        base: Optimizer,
+        graph: Graph,
+        *,
+        sparsity: float = 0.5,
+        schedule: Schedule | int,
+        multiple_of: int = 1,
+        saliency: SaliencySpec = None,
+    ) -> None:
+        refuse_quantizers(graph, type(self).__name__)
+        super().__init__(
+            base,
+            graph,
+            sparsity=sparsity,
+            schedule=without_projection(as_schedule(schedule)),
+            multiple_of=multiple_of,
+            saliency=saliency,
+            bank=QuantizerBank([]),
+            forgetting="uniform",
+        )
+
+    def step(self, closure: Callable[[], float] | None = None) -> Any:
+        """One optimizer step; returns the closure's loss if a closure is given.
+
+        Raises GetaError at the start of a period when parameters are no longer finite.
+        """
+        joint = self._prunes and self.stage == "joint"
+        period, k, length = self.schedule.joint_at(self._step) if joint else (0, -1, 0)
+        if self._prunes and self.schedule.is_period_start(self._step):
+            self._check_finite()
+        before = self._pruner.snapshot(everything=True) if k == 0 else {}
+        loss = call_base(self.base, closure)
+        with torch.no_grad():
+            self._pruner.enforce_()
+            if k == 0:
+                self._pruner.mark(before, self.schedule.pruned_target(period, self.target_groups))
+            if joint:
+                self._pruner.decay_((k, length))
+            if joint and k == length - 1:
+                self._pruner.finish_period_()
+        self._step += 1
+        return loss
+
+
+def refuse_quantizers(graph: Graph, name: str) -> None:
+    """Raise ConfigError when the model has quantizers with learned bit widths."""
+    found = quantizers(graph.model)
+    if found:
+        raise ConfigError(
+            f"the model has {len(found)} quantizers (first: '{next(iter(found))}'), but {name} only prunes and would let their bit widths "
+            f"leave the range: use geta.QASSO, or prune first and quantize afterwards"
+        )
+
+
+def without_projection(schedule: Schedule) -> Schedule:
+    """The same plan with the projection stage as a part of the warm-up."""
+    if not schedule.projection_steps:
+        return schedule
+    return dataclasses.replace(schedule, warmup=schedule.joint_start, projection=0, projection_periods=None, bit_step=None)
