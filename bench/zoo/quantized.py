@@ -29,7 +29,8 @@ def same_families(
     """Differences, in words, between the families of `model` and those of a quantized copy; empty when there are none.
 
     Weights and activations are quantized; the activations' ranges come from the example inputs. What the quantizers add to a
-    family (a step size per channel) is left out of the comparison. plain: the float model's graph, if it is at hand.
+    family (a step size per channel) is left out of the comparison; so is which one of several reasons a frozen family quotes.
+    plain: the float model's graph, if it is at hand.
     """
     plain = plain or analyze(model, args, kwargs, exact=exact)
     left_out = {*_parametrized(model), *_never_called(model, args, dict(kwargs or {}))}
@@ -76,7 +77,7 @@ def differences(plain: DependencyGraph, quantized: DependencyGraph) -> list[str]
 
 def _compared(one: Family, other: Family, known: set[str]) -> list[str]:
     found = []
-    for what in ("unit", "size", "prunable", "reason", "inexact"):
+    for what in ("unit", "size", "prunable", "inexact"):
         left, right = getattr(one, what), getattr(other, what)
         if left != right:
             found.append(f"family '{one.name}': {what} is {left!r} in the float model and {right!r} in the quantized one")

@@ -115,6 +115,8 @@ def test_names_survive_parametrization() -> None:
     assert find_tensor(model, "0.weight") is model[0].parametrizations.weight.original
     assert canonical_name("a.parametrizations.weight.0.d") == "a.parametrizations.weight.0.d"
     assert canonical_module("a.b.parametrizations.weight.0") == "a.b"
+    assert canonical_module("layers.slice(None, 2, None).1.norm") == "layers.1.norm"
+    assert canonical_module("layers.slice(1, -1, 2).3") == "layers.7"
     for name, words in (("1.weight", "no module '1'"), ("0.nothing", "no tensor 'nothing'")):
         with pytest.raises(BadModelError, match=words):
             find_tensor(model, name)

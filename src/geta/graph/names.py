@@ -17,6 +17,7 @@ from torch import nn
 from geta.errors import BadModelError
 
 _COMPILED = re.compile(r"(?:^|(?<=\.))_orig_mod(?:\.|$)")
+_SLICED = re.compile(r"(?:^|(?<=\.))slice\((None|\d+), (?:None|-?\d+), (None|\d+)\)\.(\d+)(?=\.|$)")
 _PARAMETRIZED = re.compile(r"(?:^|(?<=\.))parametrizations\.([^.]+)\.original$")
 
 
@@ -26,9 +27,17 @@ def canonical_name(name: str) -> str:
 
 
 def canonical_module(path: str) -> str:
-    """The user's module path: `conv.parametrizations.weight.0` -> `conv`, `_orig_mod.conv` -> `conv`."""
+    """The user's module path: `conv.parametrizations.weight.0` -> `conv`, `_orig_mod.conv` -> `conv`.
+
+    `torch.export` names a module reached through a slice of its list by that slice: `layers.slice(1, None, None).0` -> `layers.1`.
+    """
     head, marker, _ = path.partition("parametrizations.")
-    return _COMPILED.sub("", head if marker else path).rstrip(".")
+    return _SLICED.sub(_position, _COMPILED.sub("", head if marker else path).rstrip("."))
+
+
+def _position(found: re.Match[str]) -> str:
+    start, step, index = (None if part == "None" else int(part) for part in found.groups())
+    return str((start or 0) + (index or 0) * (step or 1))
 
 
 def unwrap(model: nn.Module) -> nn.Module:
