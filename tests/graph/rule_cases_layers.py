@@ -315,6 +315,23 @@ def convolutions() -> list[Case]:
             (indices(4, below=10),),
             label="padding index",
         ),
+        *_bags(),
+    ]
+
+
+def _bags() -> list[Case]:
+    starts = torch.tensor([0, 2])
+
+    def case(op: str, mode: int, label: str, f: Function) -> Case:
+        shapes = {"a": (10, 6), "b": (3, 6), **({"c": (5,)} if label else {})}
+        prunable = {"a.1": 6, "a.0": "is looked up by index"}
+        return Case(f"aten::{op}", f, shapes, prunable, (indices(5, below=10),), label=f"mode {mode} {label}".strip())
+
+    return [
+        *[case("embedding_bag", m, "", lambda p, i, m=m: lin(aten.embedding_bag(p.a, i, starts, False, m)[0], p.b)) for m in range(3)],
+        case("embedding_bag", 0, "weighted", lambda p, i: lin(aten.embedding_bag(p.a, i, starts, False, 0, False, p.c)[0], p.b)),
+        case("_embedding_bag", 1, "", lambda p, i: lin(aten._embedding_bag(p.a, i, starts, False, 1)[0], p.b)),
+        case("_embedding_bag_forward_only", 1, "", lambda p, i: lin(aten._embedding_bag_forward_only(p.a, i, starts, False, 1)[0], p.b)),
     ]
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from geta.graph.context import INTERNAL, Context, Place, narrow_dims
+from geta.graph.context import INTERNAL, Context, Place, concrete_shape, narrow_dims
 from geta.graph.labels import Track, Value, compress, make_value, never_zero, squeezed
 from geta.graph.rules.elementwise import pointwise
 from geta.graph.rules.registry import rule
@@ -317,3 +317,20 @@ def embedding(ctx: Context) -> Value:
         column = narrow_dims(track.code, (0,)).reshape(-1)
         tracks.append(Track(column.expand(ctx.shape), track.origins))
     return ctx.free(tracks, weight.derived and ctx["indices"].derived)
+
+
+@rule("aten::embedding_bag", "aten::_embedding_bag", "aten::_embedding_bag_forward_only")
+def embedding_bag(ctx: Context) -> Any:
+    """Sums, means or maxima of rows that are looked up by index: rows stay, columns become the last dimension of the result."""
+    weight = ctx["weight"]
+    ctx.freeze(weight, (0,), f"is looked up by index in {ctx.where}")
+    lookups = [ctx["indices"], ctx["offsets"], ctx.arguments.get("per_sample_weights")]
+    ctx.freeze_all([value for value in lookups if isinstance(value, Value)], f"is used as an index in {ctx.where}")
+    ctx.produce(weight)
+    shapes = [concrete_shape(fake) for fake in ctx.node.meta["val"]]
+    tracks = [Track(narrow_dims(t.code, (0,)).reshape(-1).expand(shapes[0]), t.origins) for t in weight.tracks]
+    # which rows were the largest: one number per bag and column, and a row number is no zero
+    places = [Track(never_zero(t.code), t.origins) for t in tracks] if shapes[3] == shapes[0] else []
+    derived = weight.derived and ctx["indices"].derived
+    found = [tracks, [], [], places]
+    return [make_value(shape, parts, derived) for shape, parts in zip(shapes, found, strict=True)]
