@@ -23,8 +23,9 @@ if TYPE_CHECKING:
     from geta.graph import DependencyGraph, analyze
     from geta.graph.rules import rule
     from geta.integrations.compressor import Compressor
-    from geta.optim import QASSO, Schedule
-    from geta.quant import STE, Bits, Fourier, quantize
+    from geta.integrations.distill import Distillation
+    from geta.optim import HESSO, HESSOCRIC, QASSO, Budget, Saliency, Schedule
+    from geta.quant import DGE, DSQ, STE, Bits, FixedBits, Fourier, quantize
     from geta.seeding import seed_everything
     from geta.subnet.compact import compact
     from geta.subnet.eager import EagerProduct, compact_eager
@@ -35,17 +36,25 @@ __version__ = "0.1.0"
 _HOME = {
     "BadModelError": "geta.errors",
     "Bits": "geta.quant",
+    "Budget": "geta.optim",
     "CheckpointError": "geta.errors",
     "CompactModel": "geta.subnet",
     "Compressor": "geta.integrations.compressor",
     "ConfigError": "geta.errors",
     "Cost": "geta.cost",
+    "DGE": "geta.quant",
+    "DSQ": "geta.quant",
     "DependencyGraph": "geta.graph",
+    "Distillation": "geta.integrations.distill",
     "EagerProduct": "geta.subnet",
+    "FixedBits": "geta.quant",
     "Fourier": "geta.quant",
     "GetaError": "geta.errors",
+    "HESSO": "geta.optim",
+    "HESSOCRIC": "geta.optim",
     "QASSO": "geta.optim",
     "STE": "geta.quant",
+    "Saliency": "geta.optim",
     "Schedule": "geta.optim",
     "UnsupportedOpError": "geta.errors",
     "analyze": "geta.graph",
@@ -59,19 +68,27 @@ _HOME = {
 }
 
 __all__ = [
+    "DGE",
+    "DSQ",
+    "HESSO",
+    "HESSOCRIC",
     "QASSO",
     "STE",
     "BadModelError",
     "Bits",
+    "Budget",
     "CheckpointError",
     "CompactModel",
     "Compressor",
     "ConfigError",
     "Cost",
     "DependencyGraph",
+    "Distillation",
     "EagerProduct",
+    "FixedBits",
     "Fourier",
     "GetaError",
+    "Saliency",
     "Schedule",
     "UnsupportedOpError",
     "__version__",

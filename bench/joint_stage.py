@@ -1,0 +1,212 @@
+"""Does accuracy survive the joint stage? ResNet-20 and a VGG7 on real digits, several seeds: `python -m bench.joint_stage`.
+
+Every run trains the same network plainly and with QASSO: half of all groups, weights of 4 to 8 bits, without and with 8-bit
+activations. Reported per run: accuracy of the dense network, the lowest accuracy at any epoch after warm-up, the final one of
+the compact network, and its real relative BOPs. `--rules` compares ways of forgetting. Results: bench/results/joint_stage_<date>.md
+and one record per run in bench/results/joint_stage/, which a later call reuses (`--fresh` doesn't).
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import math
+import statistics
+from collections import Counter
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import geta
+from geta.cli.demo_data import Digits, load_digits
+from geta.cli.demo_model import resnet20
+from geta.cli.demo_run import accuracy
+from geta.optim import Forgetting
+from geta.report.files import prepare_folder, write_atomically, write_json
+
+from .facts import RESULTS, dated, machine, table, versions
+
+RECORDS = RESULTS / "joint_stage"
+BATCH = 64
+CALIBRATION_BATCHES = 8
+_HEADER = ("network", "quantized", "forgetting", "seed", "dense, %", "lowest, %", "compact, %", "loss, points", "BOPs, %", "weight bits")
+
+
+def vgg7() -> nn.Module:
+    """64-64-pool-128-128-pool-256-256-pool with BatchNorm, then a linear classifier, for one-channel 8x8 images."""
+    layers: list[nn.Module] = []
+    inputs = 1
+    for width in (64, 128, 256):
+        for _ in range(2):
+            layers += [nn.Conv2d(inputs, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU()]
+            inputs = width
+        layers.append(nn.MaxPool2d(2))
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(256, 10))
+
+
+NETWORKS = {"resnet20": resnet20, "vgg7": vgg7}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One run. activations: bit width of the activations, None = not quantized. forgetting: None = the dense network."""
+
+    network: str
+    activations: int | None
+    forgetting: Forgetting | None
+    seed: int
+    epochs: int = 40
+    sparsity: float = 0.5
+    learning_rate: float = 0.1
+    quant_lr: float = 1e-4
+
+    @property
+    def name(self) -> str:
+        quantized = "w" if self.activations is None else f"wa{self.activations}"
+        kind = "dense" if self.forgetting is None else f"{quantized}-{self.forgetting}"
+        return f"{self.network}-{kind}-{self.epochs}-{self.seed}"
+
+
+def run(setting: Setting) -> dict[str, Any]:
+    """Train one network; the record of what came out."""
+    torch.set_num_threads(1)
+    digits = load_digits()
+    per_epoch = digits.steps_per_epoch(BATCH)
+    steps = setting.epochs * per_epoch
+    geta.seed_everything(setting.seed)
+    model = NETWORKS[setting.network]()
+    example = (digits.train_images[:2],)
+    graph, optimizer = None, None
+    if setting.forgetting is not None:
+        graph = geta.analyze(model, example)
+        prepare(model, setting, digits)
+    base = torch.optim.SGD(model.parameters(), lr=setting.learning_rate, momentum=0.9, weight_decay=5e-4, nesterov=True)
+    if graph is not None and setting.forgetting is not None:
+        optimizer = geta.QASSO(
+            base,
+            graph,
+            sparsity=setting.sparsity,
+            schedule=geta.Schedule(steps),
+            saliency={"taylor_first": 1.0, "average_magnitude": 0.2},
+            quant_lr=setting.quant_lr,
+            forgetting=setting.forgetting,
+        )
+    used = base if optimizer is None else optimizer
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(used, steps)
+    accuracies = []
+    for step, (images, labels) in enumerate(islice(digits.batches(BATCH, setting.seed), steps)):
+        used.zero_grad()
+        F.cross_entropy(model(images), labels).backward()
+        used.step()
+        scheduler.step()
+        if (step + 1) % per_epoch == 0:
+            accuracies.append(accuracy(model, digits))
+    record = {"name": setting.name, "accuracies": accuracies, "final": accuracies[-1]}
+    if graph is None or optimizer is None:
+        return record
+    optimizer.check()
+    small = geta.compact(model.eval(), graph)
+    first = math.ceil(optimizer.schedule.warmup_steps / per_epoch)
+    return record | {
+        "lowest": min(accuracies[first:]),
+        "compact": accuracy(small, digits),
+        "bops": small.cost.relative_to(geta.cost(NETWORKS[setting.network](), example))["bops"],
+        "bits": Counter(str(int(bits)) for name, bits in small.bits.items() if not name.endswith(":input")),
+        "groups": optimizer.progress()["pruned_groups"],
+        "notes": optimizer.notes,
+    }
+
+
+def prepare(model: nn.Module, setting: Setting, digits: Digits) -> None:
+    """Quantize; activation ranges from real images and running statistics that have seen some."""
+
+    def batches() -> list[torch.Tensor]:
+        return [images for images, _ in islice(digits.batches(BATCH, setting.seed), CALIBRATION_BATCHES)]
+
+    if setting.activations is None:
+        geta.quantize(model, weights=geta.Bits(4, 8), activations=None, exclude=())
+        return
+    torch.optim.swa_utils.update_bn(batches(), model)
+    bits = geta.Bits(setting.activations, setting.activations)
+    geta.quantize(model, weights=geta.Bits(4, 8), activations=bits, calibration=batches(), exclude=())
+
+
+def settings(networks: Sequence[str], rules: Sequence[Forgetting], seeds: int, epochs: int) -> list[Setting]:
+    """The dense runs first, then every combination."""
+    dense = [Setting(network, None, None, seed, epochs) for network, seed in itertools.product(networks, range(seeds))]
+    kinds = itertools.product(networks, (None, 8), rules, range(seeds))
+    return dense + [Setting(network, activations, rule, seed, epochs) for network, activations, rule, seed in kinds]
+
+
+def recorded(setting: Setting, folder: Path, *, fresh: bool) -> dict[str, Any]:
+    """The record of a run, from its file if it is there."""
+    path = folder / f"{setting.name}.json"
+    if path.exists() and not fresh:
+        found: dict[str, Any] = json.loads(path.read_text())
+        return found
+    found = run(setting)
+    write_json(path, found)
+    return found
+
+
+def render(chosen: Sequence[Setting], records: dict[str, dict[str, Any]]) -> list[str]:
+    """The table of all runs, then mean +- standard deviation over the seeds."""
+    rows: list[list[str]] = []
+    groups: dict[tuple[str, str, str], list[tuple[float, ...]]] = {}
+    for setting in chosen:
+        if setting.forgetting is None:
+            continue
+        found = records[setting.name]
+        dense = records[Setting(setting.network, None, None, setting.seed, setting.epochs).name]["final"]
+        kind = "weights" if setting.activations is None else f"weights, {setting.activations}-bit activations"
+        numbers = (dense, found["lowest"], found["compact"], dense - found["compact"], 100 * found["bops"])
+        groups.setdefault((setting.network, kind, str(setting.forgetting)), []).append(numbers)
+        bits = ", ".join(f"{count} x {bits}" for bits, count in sorted(found["bits"].items(), key=lambda item: int(item[0])))
+        rows.append([setting.network, kind, str(setting.forgetting), str(setting.seed), *(f"{n:.2f}" for n in numbers), bits])
+    means = [[*key, str(len(found)), *(spread(column) for column in zip(*found, strict=True)), ""] for key, found in groups.items()]
+    return [*table(_HEADER, means, left=(0, 1, 2)), "", "Single runs:", "", *table(_HEADER, rows, left=(0, 1, 2))]
+
+
+def spread(values: Sequence[float]) -> str:
+    """Mean +- sample standard deviation."""
+    deviation = statistics.stdev(values) if len(values) > 1 else 0.0
+    return f"{statistics.mean(values):.2f} ± {deviation:.2f}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--networks", nargs="+", choices=sorted(NETWORKS), default=sorted(NETWORKS))
+    parser.add_argument("--rules", nargs="+", default=["blend", "descent", "uniform", "cosine"])
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--epochs", type=int, default=40)
+    parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--fresh", action="store_true")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    options = parser.parse_args()
+    chosen = settings(options.networks, options.rules, options.seeds, options.epochs)
+    folder = options.out / "joint_stage"
+    prepare_folder(folder)
+    records: dict[str, dict[str, Any]] = {}
+    with ProcessPoolExecutor(options.jobs) as pool:
+        waiting = {setting.name: pool.submit(recorded, setting, folder, fresh=options.fresh) for setting in chosen}
+        for count, (name, future) in enumerate(waiting.items(), start=1):
+            records[name] = future.result()
+            print(f"{count}/{len(waiting)}  {name}  {records[name].get('compact', records[name]['final']):.2f} %", flush=True)
+    facts = f"{versions('torch', 'geta')}; {machine()}; {options.epochs} epochs, batch {BATCH}, SGD with a cosine learning rate from 0.1."
+    lines = ["# The joint stage on digits", "", facts, "", "Mean ± standard deviation over the seeds:", "", *render(chosen, records)]
+    path = dated("joint_stage", folder=options.out)
+    write_atomically(path, "\n".join([*lines, ""]).encode())
+    print("\n".join(lines))
+    print(path)
+
+
+if __name__ == "__main__":
+    main()
