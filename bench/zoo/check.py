@@ -33,6 +33,8 @@ from .perturb import perturb
 
 T = TypeVar("T")
 MULTIPLES = (1, 8)
+ROUNDINGS = 3.0
+"""Two independent roundings of one result may differ by this many times the error of one."""
 
 
 class Record:
@@ -125,7 +127,26 @@ def check(entry: Entry, *, debug: bool = False, double: bool = False) -> dict[st
     if not double and any("differs" in part.get("error", "") for part in record.parts.values()):
         del model, graph, built, analyzed
         result["float64"] = check(entry, debug=debug, double=True)["parts"]
+        excuse_rounding(result)
     return result
+
+
+def excuse_rounding(record: dict[str, Any]) -> None:
+    """Count a difference as rounding when float64 shows none and the zeroed model itself is as far from its float64 output.
+
+    A deep network in training mode may amplify the rounding of float32 beyond any tolerance, in whatever order it adds.
+    """
+    if not all(part["ok"] for part in record["float64"].values()):
+        return
+    for part in record["parts"].values():
+        if not part["ok"] and part.get("difference", math.inf) <= ROUNDINGS * part.get("rounding", 0.0):
+            part["ok"] = True
+            part["note"] = (
+                f"float32 rounds: {part['difference']:.1e} between zeroed and compact, {part['rounding']:.1e} between the zeroed model and "
+                f"itself in float64, where compact is exact"
+            )
+            del part["error"]
+    record["ok"] = all(part["ok"] for part in record["parts"].values())
 
 
 def _one_multiple(record: Record, model: nn.Module, graph: DependencyGraph, multiple: int, *, more: bool) -> None:

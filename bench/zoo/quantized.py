@@ -15,6 +15,7 @@ from torch.nn.utils import parametrize
 from geta.graph import DependencyGraph, Family, analyze
 from geta.quant import Bits, quantize
 from geta.quant.attach import Granularity
+from geta.quant.targets import find_layers, find_weights
 
 
 def same_families(
@@ -34,15 +35,15 @@ def same_families(
     """
     plain = plain or analyze(model, args, kwargs, exact=exact)
     left_out = {*_parametrized(model), *_never_called(model, args, dict(kwargs or {}))}
-    weights = {name.rpartition(".")[0] for name, p in model.named_parameters() if p.dim() > 1 and p.is_floating_point()}
-    if not weights - left_out - {path.partition(".parametrizations")[0] for path in weights if ".parametrizations" in path} - {""}:
-        return []  # every weight is computed by a parametrization: nothing can be quantized
+    excluded = [glob.escape(path) for path in sorted(left_out)]
+    if not find_weights(model, find_layers(model, excluded, strict=True)):
+        return []  # e.g. every weight is computed by a parametrization
     quantized = quantize(
         copy.deepcopy(model),
         weights=Bits(4, 8),
         activations=Bits(8, 8),
         granularity=granularity,
-        exclude=[glob.escape(path) for path in sorted(left_out)],
+        exclude=excluded,
         calibration=[_batch(model, args, dict(kwargs or {}))],
     )
     return differences(plain, analyze(quantized, args, kwargs, exact=exact))

@@ -12,7 +12,7 @@ import pytest
 import torch
 from bench.zoo import from_timm, own_nets, parts
 from bench.zoo.catalogue import catalogue, find
-from bench.zoo.check import check
+from bench.zoo.check import check, excuse_rounding
 from bench.zoo.dropout import Dropout
 from bench.zoo.entry import Built, Entry
 from bench.zoo.perturb import fresh_inputs, perturb
@@ -252,3 +252,12 @@ def test_the_report_counts_and_lists_failures(tmp_path: Path) -> None:
 def test_a_failure_that_only_rounding_explains_says_so() -> None:
     record = {**_record("x/y", ok=False), "float64": {"eval 1": {"ok": True, "difference": 1e-14}}}
     assert "**failed**: eval 1; exact in float64, so rounding" in render([record])
+
+
+@pytest.mark.parametrize(("rounding", "exact", "fine"), [(2e-4, True, True), (1e-4, True, False), (2e-4, False, False)])
+def test_rounding_is_excused_only_when_the_model_itself_rounds_as_much(rounding: float, exact: bool, fine: bool) -> None:
+    part = {"ok": False, "error": "compact differs", "difference": 4e-4, "rounding": rounding}
+    record: dict[str, Any] = {"ok": False, "parts": {"train 1": part}, "float64": {"train 1": {"ok": exact}}}
+    excuse_rounding(record)
+    assert record["ok"] is fine and part["ok"] is fine
+    assert ("note" in part) is fine

@@ -157,6 +157,7 @@ def lookups() -> list[Case]:
 
     table = {"a": (5, 6), "b": (3, 6)}
     fake = torch.ops.geta.fake_quantize
+    lsq = torch.ops.geta.lsq_quantize
     per_row: dict[str, Spec] = {"d": lambda g: torch.rand(6, 1, generator=g, dtype=torch.float64) * 0.05 + 0.01}
     ints: Spec = lambda g: torch.randint(-8, 8, (6, 4), generator=g, dtype=torch.int8)
     return [
@@ -216,6 +217,36 @@ def lookups() -> list[Case]:
             {"a.0": 6, "d.0": 6},
             buffers={name: number(value) for name, value in (("q_m", 2.0), ("t", 1.0))},
             label="a weight by rows",
+        ),
+        Case(
+            "geta::lsq_quantize",
+            lambda p, x: lin(lsq(lin(x, p.a), p.d, 2, -2, 1, []), p.b),
+            SIX,
+            {"a.0": 6},
+            buffers={"d": number(0.5)},
+            label="an activation",
+        ),
+        Case(
+            "geta::lsq_quantize",
+            lambda p, x: lin(lin(x, lsq(p.a, p.d, 2, -1, 1, [])), p.b),
+            {**SIX, **per_row},
+            {"a.0": 6, "d.0": 6},
+            label="a weight by rows",
+        ),
+        Case(
+            "geta::lsq_quantize",
+            lambda p, x: lin(lin(x, lsq(p.a, p.d, 1, -1, 1, [])), p.b),
+            {**SIX, **per_row},
+            {"a.0": 6, "b.1": 6},
+            label="a binary weight, which zeros of the next must switch off",
+        ),
+        Case(
+            "geta::lsq_quantize",
+            lambda p, x: lin(lin(x, lsq(p.a, p.d, 1, -1, 1, [])), lsq(p.b, p.d, 1, -1, 1, [])),
+            SIX,
+            {"a.0": "would not be zero"},
+            buffers={"d": number(0.5)},
+            label="two binary weights, none of which can be zero",
         ),
         Case(
             "geta::dequantize",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+
 import pytest
 import torch
 from torch import nn
@@ -120,3 +122,21 @@ def test_names_survive_parametrization() -> None:
     for name, words in (("1.weight", "no module '1'"), ("0.nothing", "no tensor 'nothing'")):
         with pytest.raises(BadModelError, match=words):
             find_tensor(model, name)
+
+
+def test_garbage_collection_goes_on_after_a_capture_that_failed() -> None:
+    class Broken(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            assert not gc.isenabled()
+            raise RuntimeError("no")
+
+    assert gc.isenabled()
+    with pytest.raises(BadModelError):
+        capture(Broken(), (torch.zeros(2),))
+    assert gc.isenabled()
+    gc.disable()
+    try:
+        capture(nn.Linear(2, 2), (torch.zeros(2, 2),))
+        assert not gc.isenabled(), "a user who has switched it off keeps it off"
+    finally:
+        gc.enable()

@@ -19,7 +19,7 @@ from geta.graph.context import concrete_shape
 from geta.graph.rules.affine import Written, argument, name_of, recognise, root
 from geta.graph.rules.quantizers import AFFINE, OBSERVED
 
-_ONE_OPERATOR = frozenset({"geta::fake_quantize", *AFFINE, *OBSERVED})
+_ONE_OPERATOR = frozenset({"geta::fake_quantize", "geta::lsq_quantize", *AFFINE, *OBSERVED})
 _QUANTIZES = ("quantized_decomposed::quantize_", "torchao::quantize_affine")
 _DEQUANTIZES = ("quantized_decomposed::dequantize_", "torchao::dequantize_affine", "geta::dequantize")
 WRITTEN_OUT = "written out"

@@ -28,7 +28,7 @@ from geta.graph.measure import measure
 from geta.graph.names import canonical_module, canonical_name, find_tensor, unwrap
 from geta.graph.observers import switches_as_numbers
 from geta.graph.places import first_line, line_of_error
-from geta.graph.preserve import known_dataclasses, mode_of, preserved
+from geta.graph.preserve import garbage_kept, known_dataclasses, mode_of, preserved
 from geta.graph.regions import clean
 
 __all__ = ["Capture", "canonical_module", "capture", "check_inputs", "mode_of"]
@@ -84,7 +84,7 @@ def capture(
     """
     model = unwrap(model)
     args, kwargs = check_inputs(model, args, kwargs)
-    with preserved(model), mode_of(model, train), switches_as_numbers(model), known_dataclasses(model, (args, kwargs)):
+    with garbage_kept(), preserved(model), mode_of(model, train), switches_as_numbers(model), known_dataclasses(model, (args, kwargs)):
         try:
             return _captured(model, args, kwargs, dynamic_shapes, train=train)
         except BadModelError as error:

@@ -22,6 +22,7 @@ from geta.graph.fingerprint import fingerprint
 from geta.graph.limits import Limits, protect_tensors, restrict, suggest, unused_granularity
 from geta.graph.names import find_tensor, first_names, unwrap
 from geta.graph.page import build_page
+from geta.graph.preserve import garbage_kept
 from geta.graph.propagate import Propagation, propagate
 from geta.graph.render import to_dot, to_table
 from geta.graph.solver import Partition, Solver
@@ -190,9 +191,23 @@ class Analysis:
 def analyse_capture(model: nn.Module, captured: Capture, *, exact: bool, limits: Limits | None = None) -> Analysis:
     """Propagate labels through a capture and solve them."""
     limits, first = limits or Limits(), first_names(model)
-    found = propagate(captured, lambda name: first.get(name, name), limits.granularity_at)
-    protect_tensors(found, model, limits)
-    return Analysis(captured, found, Solver(found.space.size, found.constraints, exact=exact).solve())
+    with garbage_kept():
+        found = propagate(captured, lambda name: first.get(name, name), limits.granularity_at)
+        protect_tensors(found, model, limits)
+        return Analysis(captured, found, Solver(found.space.size, found.constraints, exact=exact).solve())
+
+
+def analysed(model: nn.Module, graph: DependencyGraph, *, train: bool) -> Analysis:
+    """The model as it is now, captured and solved on the example inputs of the graph; an earlier capture serves if nothing changed."""
+    example, now = graph.example, fingerprint(model)
+    known = graph.analyses.get(train)
+    if known is not None and known[0] == now:
+        return known[1]
+    captured = capture(model, example.args, example.kwargs, dynamic_shapes=example.dynamic_shapes, train=train)
+    found = analyse_capture(model, captured, exact=example.exact, limits=example.limits)
+    if model is graph.model:
+        graph.analyses[train] = (now, found)
+    return found
 
 
 def analyze(

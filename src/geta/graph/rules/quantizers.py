@@ -76,6 +76,14 @@ def fake_quantize(ctx: Context) -> Value:
     return quantized(ctx, x, [_trailing(x, ctx[name]) for name in ("d", "q_m", "t")])
 
 
+@rule("geta::lsq_quantize")
+def lsq_quantize(ctx: Context) -> Value:
+    """geta's own quantizer of fixed width: its scale broadcasts against x; the binary one has no zero and makes +1 of it."""
+    x: Value = ctx["x"]
+    binary = ctx["bits"] == 1 and ctx["quant_min"] < 0
+    return quantized(ctx, x, [_trailing(x, ctx["scale"])], keeps_zero=not binary)
+
+
 @rule("geta::dequantize")
 def dequantize(ctx: Context) -> Value:
     """Integer codes times scale."""
