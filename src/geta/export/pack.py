@@ -81,6 +81,38 @@ def unpack_bits(packed: torch.Tensor, bits: int, signed: bool, shape: tuple[int,
     return flat.reshape(shape)
 
 
+def pack_signs(codes: torch.Tensor) -> torch.Tensor:
+    """Pack codes that are all -1 or +1 (a binary quantizer's) into a uint8 tensor [ceil(numel / 8)]: bit 1 is +1, order as above.
+
+    Raises ConfigError for any other code.
+    """
+    flat = codes.detach().cpu().reshape(-1)
+    if not bool((flat.abs() == 1).all()):
+        raise ConfigError("pack_signs needs the codes -1 and +1 alone: use pack_bits for others")
+    if flat.numel() == 0:
+        return torch.empty(0, dtype=torch.uint8)
+    return torch.cat([_pack_chunk((flat[start : start + _CHUNK] > 0), 1) for start in range(0, flat.numel(), _CHUNK)])
+
+
+def unpack_signs(packed: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """Return the codes that `pack_signs` packed; raises CheckpointError when `packed` is not of the size that `shape` needs."""
+    elements = math.prod(shape)
+    if packed.dtype != torch.uint8 or packed.dim() != 1 or packed.numel() != packed_bytes(elements, 1):
+        raise CheckpointError(
+            f"packed signs are {packed.dtype} {list(packed.shape)}, but shape {list(shape)} needs uint8 [{packed_bytes(elements, 1)}]: "
+            "the file is damaged"
+        )
+    spare = packed.numel() * 8 - elements
+    if spare and int(packed[-1]) >> (8 - spare):
+        raise CheckpointError("the spare bits after the last packed sign are not zero: the file is damaged")
+    flat = torch.empty(elements, dtype=dtype)
+    for start in range(0, elements, _CHUNK):
+        count = min(_CHUNK, elements - start)
+        ones = _unpack_chunk(packed[start // 8 : (start + _CHUNK) // 8], 1, False, count)
+        flat[start : start + count] = (2 * ones - 1).to(dtype)
+    return flat.reshape(shape)
+
+
 def _pack_chunk(codes: torch.Tensor, bits: int) -> torch.Tensor:
     stream = ((codes.to(torch.int32)[:, None] >> torch.arange(bits, dtype=torch.int32)) & 1).to(torch.uint8).reshape(-1)
     stream = torch.nn.functional.pad(stream, (0, -stream.numel() % 8)).view(-1, 8)

@@ -23,13 +23,15 @@ DTYPES = {
     )
 }
 
+SIGN_BITS = 1
+
 
 @dataclass(frozen=True)
 class TensorRecord:
     """How a tensor is stored.
 
     dtype, shape: of the tensor in the model. trainable: None for buffers, else whether the parameter has a gradient.
-    bits, signed: width and kind of bit-packed integers; None for tensors stored as they are.
+    bits, signed: width and kind of bit-packed integers, 1 bit for the codes -1 and +1; None for tensors stored as they are.
     """
 
     dtype: str
@@ -43,6 +45,8 @@ class TensorRecord:
         """Describe a tensor; `bits`: the width of integer codes, packed if it is one that can be."""
         trainable = tensor.requires_grad if isinstance(tensor, nn.Parameter) else None
         plain = cls(str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape), trainable)
+        if bits == SIGN_BITS and tensor.dtype == torch.int8 and bool((tensor.abs() == 1).all()):
+            return cls(plain.dtype, plain.shape, trainable, SIGN_BITS, True)
         if bits is None or not MIN_BITS <= bits <= MAX_BITS:
             return plain
         signed = tensor.dtype in (torch.int8, torch.int16) or bool((tensor < 0).any())
@@ -68,9 +72,10 @@ class TensorRecord:
         )
         if good and "bits" in data:
             dtype = DTYPES[data["dtype"]]
-            good = type(data["bits"]) is int and MIN_BITS <= data["bits"] <= MAX_BITS and type(data["signed"]) is bool
+            signs = data["bits"] == SIGN_BITS and data["signed"] is True and data["dtype"] == "int8"
+            good = type(data["bits"]) is int and type(data["signed"]) is bool and (MIN_BITS <= data["bits"] <= MAX_BITS or signs)
             good = good and not dtype.is_floating_point and dtype != torch.bool and "trainable" not in data
-            if good:
+            if good and not signs:
                 low, high = code_range(data["bits"], data["signed"])
                 good = torch.iinfo(dtype).min <= low and high <= torch.iinfo(dtype).max
         if not good:

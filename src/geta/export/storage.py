@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from geta.errors import CheckpointError
 from geta.export.files import read_folder, write_folder
 from geta.export.graph_json import check_tensor_name, graph_from_json, graph_to_json
-from geta.export.pack import pack_bits, packed_bytes, unpack_bits
-from geta.export.records import DTYPES, TensorRecord, info_from_json, info_to_json
+from geta.export.pack import pack_bits, pack_signs, packed_bytes, unpack_bits, unpack_signs
+from geta.export.records import DTYPES, SIGN_BITS, TensorRecord, info_from_json, info_to_json
 from geta.subnet.model import CompactModel
 from geta.subnet.program import Program
 from geta.subnet.structure import rebuild
@@ -36,7 +36,7 @@ _MODES = (["eval"], ["eval", "train"])
 def save(model: CompactModel, path: str | Path) -> None:
     """Write a compact model into the folder `path`, replacing a model that was saved there before.
 
-    A quantized weight of b bits takes `ceil(numel * b / 8)` bytes plus its scale (widths outside 2 .. 16 bits are stored
+    A quantized weight of b bits takes `ceil(numel * b / 8)` bytes plus its scale (widths outside 1 .. 16 bits are stored
     unpacked); all other tensors are stored in their own dtype.
     Raises ConfigError when the folder can't be written or holds other files, CheckpointError when the model holds
     something that could not be loaded again. Either way nothing on disk has changed.
@@ -101,6 +101,8 @@ def _stored(name: str, tensor: Tensor, record: TensorRecord) -> Tensor:
         raise CheckpointError(f"tensor '{name}' has no values (it is on the meta device): load weights before saving")
     if record.dtype not in DTYPES or tensor.layout != torch.strided:
         raise CheckpointError(f"tensor '{name}' is {tensor.dtype}, {tensor.layout}; only dense {', '.join(DTYPES)} tensors can be saved")
+    if record.bits == SIGN_BITS:
+        return pack_signs(tensor)
     if record.bits is not None and record.signed is not None:
         return pack_bits(tensor, record.bits, record.signed)
     # A clone: safetensors refuses tensors that share memory.
@@ -109,6 +111,8 @@ def _stored(name: str, tensor: Tensor, record: TensorRecord) -> Tensor:
 
 def _restored(name: str, stored: Tensor, record: TensorRecord) -> Tensor:
     dtype = DTYPES[record.dtype]
+    if record.bits == SIGN_BITS:
+        return unpack_signs(stored, record.shape, dtype)
     if record.bits is not None and record.signed is not None:
         if stored.shape != (packed_bytes(math.prod(record.shape), record.bits),):
             raise CheckpointError(f"the packed integers of '{name}' have the wrong size: the file is damaged")

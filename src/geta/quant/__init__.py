@@ -1,22 +1,38 @@
-"""Quantizers with learned bit widths: the operators, the module, and how they get into a model."""
+"""Quantizers with learned and with fixed bit widths: the operators, the modules, and how they get into a model."""
 
 from __future__ import annotations
 
+from geta.quant.annealing import Annealing, anneal
 from geta.quant.attach import quantize, quantizers
 from geta.quant.bits import Bits
+from geta.quant.fixed import FixedBits, FixedQuantizer, fixed_quantizers
+from geta.quant.fixed_ops import lsq_codes, lsq_quantize
+from geta.quant.native import native_status
+from geta.quant.native_build import NativeStatus
 from geta.quant.ops import bit_width, dequantize, fake_quantize, quantize_codes, step_size
 from geta.quant.quantizer import Quantizer
-from geta.quant.surrogate import STE, Fourier, Surrogate
+from geta.quant.surrogate import DGE, DSQ, STE, Fourier, Surrogate
 
 __all__ = [
+    "DGE",
+    "DSQ",
     "STE",
+    "Annealing",
     "Bits",
+    "FixedBits",
+    "FixedQuantizer",
     "Fourier",
+    "NativeStatus",
     "Quantizer",
     "Surrogate",
+    "anneal",
     "bit_width",
     "dequantize",
     "fake_quantize",
+    "fixed_quantizers",
+    "lsq_codes",
+    "lsq_quantize",
+    "native_status",
     "quantize",
     "quantize_codes",
     "quantizers",

@@ -9,20 +9,24 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.utils import parametrize
 
 from geta.errors import BadModelError, ConfigError
 from geta.quant.bits import LARGEST, Bits
 from geta.quant.calibration import Range, calibrate, map_inputs
+from geta.quant.fixed import FixedBits, FixedQuantizer, fixed_quantizers
 from geta.quant.quantizer import Kind, Quantizer
-from geta.quant.surrogate import STE, Surrogate
+from geta.quant.surrogate import KINDS, STE, Surrogate
 from geta.quant.targets import INPUT_QUANTIZER, Layer, Weight, find_layers, find_weights, is_finite
 
 DEFAULT_EXCLUDE = ("*.head",)
 
 Granularity = Literal["tensor", "channel"]
 BitsLike = Bits | Sequence[int] | int
+AnyBits = Bits | FixedBits
+AnyQuantizer = Quantizer | FixedQuantizer
+_INITIAL_BITS, _PERCENTILE = 16, 99.9
 
 
 @dataclass(frozen=True)
@@ -33,13 +37,17 @@ class _Settings:
     linear: bool
     initial_bits: int
 
-    def quantizer(self, name: str, kind: Kind, bits: Bits, q_m: Tensor, *, signed: bool) -> Quantizer:
+    def quantizer(self, name: str, kind: Kind, bits: AnyBits, found: Range) -> AnyQuantizer:
+        """The quantizer of a tensor with this range; per channel if the range's tensors are."""
+        if isinstance(bits, FixedBits):
+            scale = bits.initial_scale(found.mean, signed=found.signed)
+            return FixedQuantizer(name, kind, bits, scale, signed=found.signed, surrogate=self.surrogate)
         return Quantizer(
             name,
             kind,
             bits,
-            q_m,
-            signed=signed,
+            found.q_m,
+            signed=found.signed,
             linear=self.linear,
             surrogate=self.surrogate,
             initial_bits=self.initial_bits,
@@ -49,21 +57,21 @@ class _Settings:
 def quantize(  # noqa: PLR0913 - the fixed public interface, keywords only
     model: nn.Module,
     *,
-    weights: BitsLike | None = Bits(4, 8),  # noqa: B008 - frozen
-    activations: BitsLike | None = Bits(8, 8),  # noqa: B008 - frozen
+    weights: BitsLike | FixedBits | None = Bits(4, 8),  # noqa: B008 - frozen
+    activations: BitsLike | FixedBits | None = Bits(8, 8),  # noqa: B008 - frozen
     surrogate: Surrogate = STE(),  # noqa: B008 - frozen
     granularity: Granularity = "tensor",
     exclude: Sequence[str] = DEFAULT_EXCLUDE,
     calibration: Iterable[Any] | None = None,
     calibration_batches: int = 32,
-    percentile: float = 99.9,
+    percentile: float = _PERCENTILE,
     nonlinear: bool = False,
-    initial_bits: int = 16,
+    initial_bits: int = _INITIAL_BITS,
 ) -> nn.Module:
     """Attach trainable quantizers to `model`, in place, and return it. What gets one: see `geta.quant.targets`.
 
-    weights, activations: range of bit widths, or None to leave them in floating point.
-    surrogate:    gradient of the rounding: `STE()` or `Fourier((0.21,))`.
+    weights, activations: range of bit widths, `FixedBits(2)` for one that isn't learned, or None to leave them in floating point.
+    surrogate:    gradient of the rounding: `STE()`, `Fourier((0.21,))`, `DSQ(0.2)` or `DGE(5, 3)`.
     granularity:  one quantizer per weight "tensor" or one per output "channel" of it; activations always have one.
     exclude:      `fnmatch` patterns over whole module paths; a matched module, all inside it and all weights that it shares with
                   other modules stay as they are.
@@ -73,10 +81,13 @@ def quantize(  # noqa: PLR0913 - the fixed public interface, keywords only
                   negative get unsigned codes.
     nonlinear:    learn the exponent t too; otherwise it stays 1.
     initial_bits: bit width to start from (the optimizer narrows it).
+    percentile, nonlinear and initial_bits are about learned bit widths only; `FixedBits` starts from the mean of |x|.
 
     Weights start at q_m = max |w| (a zero tensor: 1 / sqrt(fan in)), t = 1, d = d(initial_bits). Tied weights share one quantizer.
     The parameter `weight` is stored as `parametrizations.weight.original` from now on and d, q_m, t are new parameters: make the
     torch optimizer after this call. Whatever fails, the model is left as it was.
+
+    Quantizers of `FixedBits` are trained by any optimizer, learned bit widths need `geta.QASSO`.
 
     Raises ConfigError for impossible or useless settings and unusable calibration batches; BadModelError for a weight that is
     not finite or something that isn't a module. Source: GETA (arXiv 2502.16638) section 3.
@@ -84,16 +95,16 @@ def quantize(  # noqa: PLR0913 - the fixed public interface, keywords only
     """
     if not isinstance(model, nn.Module):
         raise BadModelError(f"quantize needs a torch.nn.Module, got {type(model).__name__}")
-    weight_bits = None if weights is None else Bits.of(weights)
-    activation_bits = None if activations is None else Bits.of(activations)
+    weight_bits, activation_bits = _any_bits(weights), _any_bits(activations)
     settings = _Settings(surrogate, linear=not nonlinear, initial_bits=initial_bits)
     _check_settings(settings, weight_bits, activation_bits, granularity)
     _check_calibration(calibration, calibration_batches, percentile, activation_bits)
+    _warn_of_no_effect(settings, weight_bits, activation_bits, percentile)
     _refuse_quantized(model)
     patterns = (exclude,) if isinstance(exclude, str) else tuple(exclude)
     layers = find_layers(model, patterns, strict=exclude is not DEFAULT_EXCLUDE)
     weight_plan = [] if weight_bits is None else _plan_weights(model, layers, weight_bits, granularity, settings)
-    input_plan: list[tuple[Layer, Quantizer]] = []
+    input_plan: list[tuple[Layer, AnyQuantizer]] = []
     if activation_bits is not None and calibration is not None:
         inputs = [layer for layer in layers if layer.quantize_input]
         ranges = calibrate(model, inputs, calibration, percentile=percentile, limit=calibration_batches) if inputs else {}
@@ -108,7 +119,9 @@ def quantize(  # noqa: PLR0913 - the fixed public interface, keywords only
 
 
 def quantizers(model: nn.Module) -> dict[str, Quantizer]:
-    """All quantizers of `model` in module order, keyed by their `name`: `conv1.weight`, `conv1:input`.
+    """All quantizers with learned bit widths of `model` in module order, keyed by their `name`: `conv1.weight`, `conv1:input`.
+
+    Those of `FixedBits` are `fixed_quantizers(model)`.
 
     Raises BadModelError when two different quantizers have one name (a quantized layer was copied inside the model).
     """
@@ -124,24 +137,40 @@ def quantizers(model: nn.Module) -> dict[str, Quantizer]:
     return found
 
 
-def _check_settings(settings: _Settings, weights: Bits | None, activations: Bits | None, granularity: str) -> None:
+def _any_bits(value: BitsLike | FixedBits | None) -> AnyBits | None:
+    return value if value is None or isinstance(value, FixedBits) else Bits.of(value)
+
+
+def _check_settings(settings: _Settings, weights: AnyBits | None, activations: AnyBits | None, granularity: str) -> None:
     if weights is None and activations is None:
         raise ConfigError("quantize: weights and activations are both None; give at least one a range of bits")
     if not isinstance(settings.surrogate, Surrogate) or isinstance(settings.surrogate, type):
-        raise ConfigError(f"surrogate: {settings.surrogate!r} has no coefficients; use STE() or Fourier((0.21,))")
+        missing = next((key for key in ("coefficients", "kind", "mean_slope") if not hasattr(settings.surrogate, key)), "coefficients")
+        raise ConfigError(f"surrogate: {settings.surrogate!r} has no {missing}; use STE() or Fourier((0.21,)), DSQ() or DGE()")
+    if settings.surrogate.kind not in KINDS:
+        raise ConfigError(f"surrogate: {settings.surrogate!r} has the kind '{settings.surrogate.kind}'; known are {', '.join(KINDS)}")
     if granularity not in ("tensor", "channel"):
         raise ConfigError(f"granularity: {granularity!r} is unknown; use 'tensor' or 'channel'")
     if granularity == "channel" and weights is None:
         warnings.warn("granularity='channel' has no effect: it is about weights, and weights=None", stacklevel=3)
     for key, bits in (("weights", weights), ("activations", activations)):
-        if bits is not None and not bits.lower <= settings.initial_bits <= LARGEST:
+        if isinstance(bits, Bits) and not bits.lower <= settings.initial_bits <= LARGEST:
             raise ConfigError(
                 f"initial_bits: {settings.initial_bits} is outside [{bits.lower}, {LARGEST}], from the lower bound of {key} to the "
                 "widest supported; 16 is a good start"
             )
 
 
-def _check_calibration(calibration: object, batches: int, percentile: float, activations: Bits | None) -> None:
+def _warn_of_no_effect(settings: _Settings, weights: AnyBits | None, activations: AnyBits | None, percentile: float) -> None:
+    learned = isinstance(weights, Bits) or isinstance(activations, Bits)
+    for key, changed in (("nonlinear", not settings.linear), ("initial_bits", settings.initial_bits != _INITIAL_BITS)):
+        if changed and not learned:
+            warnings.warn(f"{key} has no effect: it is about learned bit widths, and all are FixedBits", stacklevel=3)
+    if isinstance(activations, FixedBits) and percentile != _PERCENTILE:
+        warnings.warn("percentile has no effect: activations of FixedBits start from the mean of |x|", stacklevel=3)
+
+
+def _check_calibration(calibration: object, batches: int, percentile: float, activations: AnyBits | None) -> None:
     if activations is not None and calibration is None:
         raise ConfigError(
             "activations are to be quantized, but their ranges are unknown: pass calibration=[batch, ...] with real inputs, or "
@@ -156,51 +185,51 @@ def _check_calibration(calibration: object, batches: int, percentile: float, act
 
 
 def _refuse_quantized(model: nn.Module) -> None:
-    present = quantizers(model)
+    present = [*quantizers(model), *fixed_quantizers(model)]
     if present:
         raise ConfigError(
-            f"this model already has {len(present)} quantizers (first: '{next(iter(present))}'); call quantize once, on a model that "
-            "has none"
+            f"this model already has {len(present)} quantizers (first: '{present[0]}'); call quantize once, on a model that has none"
         )
 
 
 def _plan_weights(
-    model: nn.Module, layers: Sequence[Layer], bits: Bits, granularity: Granularity, settings: _Settings
-) -> list[tuple[Weight, Quantizer]]:
-    plan = []
-    for weight in find_weights(model, layers):
-        q_m = _weight_range(weight, granularity)
-        plan.append((weight, settings.quantizer(weight.name, "weight", bits, q_m, signed=True)))
-    return plan
+    model: nn.Module, layers: Sequence[Layer], bits: AnyBits, granularity: Granularity, settings: _Settings
+) -> list[tuple[Weight, AnyQuantizer]]:
+    return [
+        (weight, settings.quantizer(weight.name, "weight", bits, _weight_range(weight, granularity)))
+        for weight in find_weights(model, layers)
+    ]
 
 
-def _plan_inputs(layers: Sequence[Layer], ranges: Mapping[str, Range], bits: Bits, settings: _Settings) -> list[tuple[Layer, Quantizer]]:
+def _plan_inputs(
+    layers: Sequence[Layer], ranges: Mapping[str, Range], bits: AnyBits, settings: _Settings
+) -> list[tuple[Layer, AnyQuantizer]]:
     plan = []
     for layer in layers:
         found = ranges.get(layer.path)
         if found is not None:
-            quantizer = settings.quantizer(f"{layer.path}:input", "activation", bits, found.q_m, signed=found.signed)
-            plan.append((layer, quantizer))
+            plan.append((layer, settings.quantizer(f"{layer.path}:input", "activation", bits, found)))
     return plan
 
 
-def _weight_range(weight: Weight, granularity: Granularity) -> Tensor:
-    """Initial q_m of shape `[]` or broadcasting per output channel; never zero, or the weights could not leave zero."""
+def _weight_range(weight: Weight, granularity: Granularity) -> Range:
+    """max and mean |w|, `[]` or broadcasting per output channel; never zero, or the weights could not leave zero."""
     tensor = weight.tensor.detach()
     if not is_finite(tensor):
         raise BadModelError(f"weight '{weight.name}' has infinite or NaN values; quantize a model with finite weights")
     magnitudes = tensor.to(torch.promote_types(tensor.dtype, torch.float32)).abs()
     fan_in = max(1, tensor.numel() // max(1, tensor.shape[weight.output_dim]))
-    largest = magnitudes.amax() if tensor.numel() else magnitudes.new_zeros(())
-    largest = torch.where(largest > 0, largest, fan_in**-0.5)
-    if granularity == "tensor" or not tensor.numel():
-        return largest
-    others = [dim for dim in range(tensor.dim()) if dim != weight.output_dim]
-    per_channel = magnitudes.amax(dim=others, keepdim=True)
-    return torch.where(per_channel > 0, per_channel, largest)
+    if not tensor.numel():
+        start = magnitudes.new_full((), fan_in**-0.5)
+        return Range(start, signed=True, mean=start)
+    others = [dim for dim in range(tensor.dim()) if granularity == "tensor" or dim != weight.output_dim]
+    keep = granularity == "channel"
+    largest, mean = magnitudes.amax(dim=others, keepdim=keep), magnitudes.mean(dim=others, keepdim=keep)
+    whole_largest, whole_mean = (torch.where(whole > 0, whole, fan_in**-0.5) for whole in (magnitudes.amax(), magnitudes.mean()))
+    return Range(torch.where(largest > 0, largest, whole_largest), signed=True, mean=torch.where(mean > 0, mean, whole_mean))
 
 
-def _attach(weights: Sequence[tuple[Weight, Quantizer]], inputs: Sequence[tuple[Layer, Quantizer]]) -> None:
+def _attach(weights: Sequence[tuple[Weight, AnyQuantizer]], inputs: Sequence[tuple[Layer, AnyQuantizer]]) -> None:
     """Attach all of it or, after an error, nothing."""
     for layer, quantizer in inputs:
         if hasattr(layer.module, INPUT_QUANTIZER):

@@ -20,10 +20,11 @@ _ATTENTION_INPUTS = ("query", "key", "value")
 
 @dataclass(frozen=True)
 class Range:
-    """What calibration found for one layer input: q_m (shape `[]`) and whether a value below zero was seen."""
+    """What calibration found for one layer input: q_m, whether a value below zero was seen, and the mean of |x| (both shape `[]`)."""
 
     q_m: Tensor
     signed: bool
+    mean: Tensor
 
 
 class RangeObserver:
@@ -31,7 +32,8 @@ class RangeObserver:
 
     Rule: q_m = mean over the batches of the `percentile`-th percentile of |x|; of several inputs within one batch (attention's query, key
     and value, a module that is called more than once) the largest percentile counts. percentile = 100, or a percentile of zero (almost
-    all values are zero), gives q_m = max |x| over all batches; all values zero gives 1. Signed if any value was below zero.
+    all values are zero), gives q_m = max |x| over all batches; all values zero gives 1. Signed if any value was below zero. The mean of |x|
+    is over all elements of all batches, 1 if all are zero.
     """
 
     def __init__(self, percentile: float) -> None:
@@ -42,6 +44,7 @@ class RangeObserver:
         self._percentiles: dict[int, Tensor] = {}
         self._largest: list[Tensor] = []
         self._smallest: list[Tensor] = []
+        self._means: list[tuple[Tensor, int]] = []
 
     def observe(self, x: Tensor) -> Tensor:
         """Record one input and return it unchanged."""
@@ -55,6 +58,7 @@ class RangeObserver:
         self._percentiles[self.batch] = torch.maximum(self._percentiles.get(self.batch, found), found)
         self._largest.append(magnitudes.amax())
         self._smallest.append(values.amin())
+        self._means.append((magnitudes.mean(), magnitudes.numel()))
         return x
 
     def result(self, path: str) -> Range:
@@ -69,7 +73,10 @@ class RangeObserver:
             q_m = largest
         if float(q_m) == 0.0:
             q_m = torch.ones_like(q_m)
-        return Range(q_m, signed=bool(torch.stack(self._smallest).amin() < 0))
+        elements = sum(count for _, count in self._means)
+        mean = torch.stack([mean * (count / elements) for mean, count in self._means]).sum()
+        mean = torch.where(mean > 0, mean, 1.0)
+        return Range(q_m, signed=bool(torch.stack(self._smallest).amin() < 0), mean=mean)
 
 
 def map_inputs(
@@ -81,14 +88,16 @@ def map_inputs(
     tensor, because attention takes another path when query, key and value differ.
     """
     attention = isinstance(module, nn.MultiheadAttention)
-    done: dict[int, Tensor] = {}
+    done: list[tuple[Tensor, Tensor]] = []  # not a dict by id(): torch.compile would trace again for every new tensor
 
     def convert(value: Any) -> Any:
         if not isinstance(value, Tensor) or not value.is_floating_point():
             return value
-        if id(value) not in done:
-            done[id(value)] = function(value)
-        return done[id(value)]
+        for given, result in done:
+            if given is value:
+                return result
+        done.append((value, function(value)))
+        return done[-1][1]
 
     count = len(_ATTENTION_INPUTS) if attention else 1
     new_args = (*(convert(value) for value in args[:count]), *args[count:])

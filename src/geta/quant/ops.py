@@ -25,6 +25,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from geta.quant import native
+from geta.quant.surrogate import KINDS
+
 Q_M_DOMAIN = (2.0**-24, 2.0**20)
 T_DOMAIN = (0.25, 4.0)
 D_DOMAIN = (2.0**-120, 2.0**90)
@@ -85,7 +88,8 @@ def _check_floating(x: Tensor) -> None:
 def fake_quantize_values(x: Tensor, d: Tensor, q_m: Tensor, t: Tensor, signed: bool, linear: bool, surrogate: Sequence[float]) -> Tensor:
     """The kernel of `fake_quantize` as a plain function, for callers that need no gradient and no tracing."""
     _check_floating(x)
-    return quantized_values(x, prepared(x, d, q_m, t, linear), signed, linear)
+    values = native.quantize(x, d, q_m, t, signed=signed) if linear else None
+    return aten_values(x, prepared(x, d, q_m, t, linear), signed, linear) if values is None else values
 
 
 def prepared(x: Tensor, d: Tensor, q_m: Tensor, t: Tensor, linear: bool) -> Parameters:
@@ -95,6 +99,12 @@ def prepared(x: Tensor, d: Tensor, q_m: Tensor, t: Tensor, linear: bool) -> Para
 
 def quantized_values(x: Tensor, parameters: Parameters, signed: bool, linear: bool) -> Tensor:
     """x_Q = d * round(c(x) / d) with prepared parameters."""
+    values = native.quantize(x, parameters.d, parameters.q_m, parameters.t, signed=signed) if linear else None
+    return aten_values(x, parameters, signed, linear) if values is None else values
+
+
+def aten_values(x: Tensor, parameters: Parameters, signed: bool, linear: bool) -> Tensor:
+    """`quantized_values` by PyTorch's operators: the reference of `geta.quant.native`, and its substitute."""
     return _multiply_into(torch.empty_like(x), _rounded(x, parameters, signed=signed, linear=linear), parameters.d)
 
 
@@ -107,15 +117,29 @@ def dequantize_values(codes: Tensor, scale: Tensor, bits: int) -> Tensor:
 @torch.library.custom_op(
     f"{_NAMESPACE}::fake_quantize",
     mutates_args=(),
-    schema="(Tensor x, Tensor d, Tensor q_m, Tensor t, bool signed, bool linear, float[] surrogate) -> Tensor",
+    schema="(Tensor x, Tensor d, Tensor q_m, Tensor t, bool signed, bool linear, float[] surrogate, "
+    'str kind="fourier", Tensor? strength=None) -> Tensor',
 )
-def fake_quantize(x: Tensor, d: Tensor, q_m: Tensor, t: Tensor, signed: bool, linear: bool, surrogate: Sequence[float]) -> Tensor:
+def fake_quantize(
+    x: Tensor,
+    d: Tensor,
+    q_m: Tensor,
+    t: Tensor,
+    signed: bool,
+    linear: bool,
+    surrogate: Sequence[float],
+    kind: str = "fourier",
+    strength: Tensor | None = None,
+) -> Tensor:
     """Round `x` to the values that its quantizer can represent: x_Q = d * round(c(x) / d).
 
     x: any shape, floating point; d, q_m, t: broadcast against x. Returns x's shape and dtype.
     signed: codes are symmetric around zero; otherwise x below zero becomes zero and the codes start at zero.
     linear: `t` is 1 and is not looked at (no power, no logarithm, no gradient for it).
-    surrogate: coefficients a_k of `geta.Fourier`; empty or all zero is the straight-through estimator.
+    surrogate: coefficients of the surrogate S; for `kind` "fourier" the a_k of `geta.Fourier`, empty or all zero is the
+    straight-through estimator; "dsq": (alpha,) of `geta.DSQ`; "dge": (k, clip) of `geta.DGE`.
+    strength: how much of the surrogate is used, one number in [0, 1]: it multiplies the a_k of "fourier"; the others give
+    1 + strength * (S - 1). None is 1. As a tensor it may change from step to step without a new trace.
 
     Gradients, with incoming `g`, summed over the elements that share a parameter:
 
@@ -127,11 +151,23 @@ def fake_quantize(x: Tensor, d: Tensor, q_m: Tensor, t: Tensor, signed: bool, li
     Unsigned: elements below zero are constant, so they give nothing to any gradient.
     Source: GETA (arXiv 2502.16638) section 3; surrogate: StableQAT (arXiv 2601.19320).
     """
+    _check_kind(kind)
     return fake_quantize_values(x, d, q_m, t, signed, linear, surrogate)
 
 
 @fake_quantize.register_fake
-def _(x: Tensor, d: Tensor, q_m: Tensor, t: Tensor, signed: bool, linear: bool, surrogate: Sequence[float]) -> Tensor:
+def _(
+    x: Tensor,
+    d: Tensor,
+    q_m: Tensor,
+    t: Tensor,
+    signed: bool,
+    linear: bool,
+    surrogate: Sequence[float],
+    kind: str = "fourier",
+    strength: Tensor | None = None,
+) -> Tensor:
+    _check_kind(kind)
     _check_floating(x)
     return torch.empty_like(x)
 
@@ -139,13 +175,58 @@ def _(x: Tensor, d: Tensor, q_m: Tensor, t: Tensor, signed: bool, linear: bool, 
 @torch.library.custom_op(
     f"{_NAMESPACE}::fake_quantize_backward",
     mutates_args=(),
-    schema="(Tensor grad, Tensor x, Tensor d, Tensor q_m, Tensor t, bool signed, bool linear, float[] surrogate) "
-    "-> (Tensor, Tensor, Tensor, Tensor)",
+    schema="(Tensor grad, Tensor x, Tensor d, Tensor q_m, Tensor t, bool signed, bool linear, float[] surrogate, "
+    'str kind="fourier", Tensor? strength=None) -> (Tensor, Tensor, Tensor, Tensor)',
 )
 def fake_quantize_backward(
-    grad: Tensor, x: Tensor, d: Tensor, q_m: Tensor, t: Tensor, signed: bool, linear: bool, surrogate: Sequence[float]
+    grad: Tensor,
+    x: Tensor,
+    d: Tensor,
+    q_m: Tensor,
+    t: Tensor,
+    signed: bool,
+    linear: bool,
+    surrogate: Sequence[float],
+    kind: str = "fourier",
+    strength: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of `fake_quantize` to x, d, q_m and t (formulas there); dt is zero for the linear quantizer."""
+    return fake_quantize_gradients(grad, x, d, q_m, t, signed, linear, surrogate, kind, strength)
+
+
+def fake_quantize_gradients(
+    grad: Tensor,
+    x: Tensor,
+    d: Tensor,
+    q_m: Tensor,
+    t: Tensor,
+    signed: bool,
+    linear: bool,
+    surrogate: Sequence[float],
+    kind: str = "fourier",
+    strength: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The kernel of `fake_quantize_backward` as a plain function."""
+    if linear and (kind == "fourier" or not any(surrogate)):
+        found = native.gradients(grad, x, d, q_m, t, amplitudes=surrogate, strength=strength, signed=signed)
+        if found is not None:
+            return (*found, torch.zeros_like(t))
+    return aten_gradients(grad, x, d, q_m, t, signed, linear, surrogate, kind, strength)
+
+
+def aten_gradients(
+    grad: Tensor,
+    x: Tensor,
+    d: Tensor,
+    q_m: Tensor,
+    t: Tensor,
+    signed: bool,
+    linear: bool,
+    surrogate: Sequence[float],
+    kind: str = "fourier",
+    strength: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`fake_quantize_gradients` by PyTorch's operators: the reference of `geta.quant.native`, and its substitute."""
     dtype = _computing_dtype(x, d, q_m, t)
     parameters = _into_domain(d, q_m, t, linear=linear, dtype=dtype)
     grad, wide_x = grad.to(dtype), x.to(dtype)
@@ -164,35 +245,72 @@ def fake_quantize_backward(
         dt = torch.xlogy(shaped, clipped.abs_()).mul_(grad).sum_to_size(t.shape).to(t.dtype)
 
     if any(surrogate):
-        dx.mul_(_surrogate_slope(residual, surrogate))
+        dx.mul_(_surrogate_slope(residual, surrogate, kind, strength))
     return dx.to(x.dtype), dd.to(d.dtype), dq_m.to(q_m.dtype), dt
 
 
 @fake_quantize_backward.register_fake
 def _(
-    grad: Tensor, x: Tensor, d: Tensor, q_m: Tensor, t: Tensor, signed: bool, linear: bool, surrogate: Sequence[float]
+    grad: Tensor,
+    x: Tensor,
+    d: Tensor,
+    q_m: Tensor,
+    t: Tensor,
+    signed: bool,
+    linear: bool,
+    surrogate: Sequence[float],
+    kind: str = "fourier",
+    strength: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return torch.empty_like(x), torch.empty_like(d), torch.empty_like(q_m), torch.empty_like(t)
 
 
-def _surrogate_slope(residual: Tensor, surrogate: Sequence[float]) -> Tensor:
-    """S = (1 - A) / (1 + A),  A = sqrt(2) * pi * sum_k a_k cos((2k+1) * pi * residual); even in `residual`."""
+def _check_kind(kind: str) -> None:
+    torch._check(kind in KINDS, lambda: f"geta.fake_quantize knows the surrogates {', '.join(KINDS)}, not '{kind}'")
+
+
+def _surrogate_slope(residual: Tensor, surrogate: Sequence[float], kind: str = "fourier", strength: Tensor | None = None) -> Tensor:
+    """S(residual) of `geta.quant.surrogate`, a new tensor; even in `residual`, which lies in [-1/2, 1/2]."""
+    if kind == "fourier":
+        return _fourier_slope(residual, surrogate, strength)
+    slope = _dsq_slope(residual, *surrogate) if kind == "dsq" else _dge_slope(residual, *surrogate)
+    return slope if strength is None else slope.sub_(1.0).mul_(strength).add_(1.0)
+
+
+def _fourier_slope(residual: Tensor, amplitudes: Sequence[float], strength: Tensor | None) -> Tensor:
+    """(1 - A) / (1 + A),  A = sqrt(2) * pi * strength * sum_k a_k cos((2k+1) * pi * residual)."""
     series = torch.zeros((), dtype=residual.dtype, device=residual.device)
-    for k, a_k in enumerate(surrogate):
+    for k, a_k in enumerate(amplitudes):
         wave = (residual * ((2 * k + 1) * math.pi)).cos_().mul_(math.sqrt(2.0) * math.pi * a_k)
         series = wave if k == 0 else series.add_(wave)
+    if strength is not None:
+        series = series.mul_(strength)
     return (1.0 - series).div_(series.add_(1.0))
 
 
+def _dsq_slope(residual: Tensor, alpha: float) -> Tensor:
+    """k / (2 tanh(k/2)) * (1 - tanh(k (1/2 - |residual|))^2),  k = ln(2/alpha - 1),  tanh(k/2) = 1 - alpha."""
+    k = math.log(2.0 / alpha - 1.0)
+    peak = k / (2.0 * (1.0 - alpha))
+    soft = residual.abs().mul_(-k).add_(k / 2.0).cosh_()
+    return soft.square_().reciprocal_().mul_(peak)
+
+
+def _dge_slope(residual: Tensor, k: float, clip: float) -> Tensor:
+    """min((1/k) (1 - 2 |residual|)^(1/k - 1), clip)."""
+    return residual.abs().mul_(-2.0).add_(1.0).clamp_(min=0.0).pow_(1.0 / k - 1.0).div_(k).clamp_(max=clip)
+
+
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, d, q_m, t, signed, linear, surrogate = inputs
-    ctx.save_for_backward(x, d, q_m, t)
-    ctx.settings = (signed, linear, surrogate)
+    x, d, q_m, t, signed, linear, surrogate, kind, strength = inputs
+    ctx.save_for_backward(x, d, q_m, t, strength)
+    ctx.settings = (signed, linear, surrogate, kind)
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    gradients = torch.ops.geta.fake_quantize_backward(grad, *ctx.saved_tensors, *ctx.settings)
-    return (*gradients, None, None, None)
+    *tensors, strength = ctx.saved_tensors
+    gradients = torch.ops.geta.fake_quantize_backward(grad, *tensors, *ctx.settings, strength)
+    return (*gradients, None, None, None, None, None)
 
 
 fake_quantize.register_autograd(_backward, setup_context=_save_for_backward)

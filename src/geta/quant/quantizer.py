@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from geta.errors import CheckpointError
-from geta.quant import ops
+from geta.quant import native_reuse, ops
 from geta.quant.bits import Bits
 from geta.quant.surrogate import STE, Surrogate
 
@@ -28,6 +28,8 @@ class Quantizer(nn.Module):
     linear:  t stays 1 and isn't trained.
     initial_bits: bit width that the first d is computed from.
     enabled: set it to False to let tensors pass unchanged.
+    strength: how much of the surrogate is used, `[]`, or None for all of it; set by `geta.quant.anneal`.
+    keep_values: whether values may be kept between uses of the same tensor (`geta.quant.native_reuse`); True for weights only.
 
     Converting the model to float16 or bfloat16 leaves d, q_m and t in float32: with fewer digits the codes would miss their
     range. The signedness found in calibration is part of `state_dict()`.
@@ -36,6 +38,7 @@ class Quantizer(nn.Module):
     d: nn.Parameter
     q_m: nn.Parameter
     t: nn.Parameter
+    strength: Tensor | None
 
     def __init__(
         self,
@@ -57,6 +60,9 @@ class Quantizer(nn.Module):
         self.linear = linear
         self.surrogate: Surrogate = STE() if surrogate is None else surrogate
         self.enabled = True
+        self._kept = native_reuse.KeptValues()
+        self._keep_values = kind == "weight"
+        self.register_buffer("strength", None, persistent=False)
         q_m = q_m.detach().to(torch.promote_types(q_m.dtype, torch.float32)).clamp(*ops.Q_M_DOMAIN)
         t = torch.ones_like(q_m)
         self.q_m = nn.Parameter(q_m)
@@ -67,8 +73,23 @@ class Quantizer(nn.Module):
         """Return the fake-quantized x, in x's dtype; x itself when not `enabled`."""
         if not self.enabled:
             return x
-        quantized: Tensor = torch.ops.geta.fake_quantize(x, self.d, self.q_m, self.t, self.signed, self.linear, self.surrogate.coefficients)
+        tensors = (x, self.d, self.q_m, self.t)
+        if native_reuse.is_plain(*tensors):
+            settings = native_reuse.Settings(self.signed, self.linear, self.surrogate.coefficients, self.surrogate.kind)
+            return native_reuse.fake_quantize(tensors, settings, self.strength, self._kept if self.keep_values else None)
+        surrogate = surrogate_arguments(self.surrogate, self.strength)
+        quantized: Tensor = torch.ops.geta.fake_quantize(*tensors, self.signed, self.linear, *surrogate)
         return quantized
+
+    @property
+    def keep_values(self) -> bool:
+        """Whether an unchanged weight's values may be kept for its next use, at the cost of as much memory as it takes."""
+        return self._keep_values
+
+    @keep_values.setter
+    def keep_values(self, keep: bool) -> None:
+        self._keep_values = keep
+        self._kept.clear()
 
     def right_inverse(self, value: Tensor) -> Tensor:
         """What `torch.nn.utils.parametrize` stores when a user assigns `value` to the quantized tensor."""
@@ -117,9 +138,17 @@ class Quantizer(nn.Module):
         return f"{self.name}, {self.kind}, bits {self.bits.lower}-{self.bits.upper}, {sign}, {shape}"
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        return super()._apply(lambda tensor: _keep_precision(tensor, fn(tensor)), recurse)  # type: ignore[no-untyped-call]
+        self._kept.clear()
+        return super()._apply(lambda tensor: keep_precision(tensor, fn(tensor)), recurse)  # type: ignore[no-untyped-call]
 
 
-def _keep_precision(before: Tensor, after: Tensor) -> Tensor:
+def surrogate_arguments(surrogate: Surrogate, strength: Tensor | None) -> tuple[Any, ...]:
+    """The operators' trailing arguments, without those that have their default."""
+    if strength is not None:
+        return surrogate.coefficients, surrogate.kind, strength
+    return (surrogate.coefficients,) if surrogate.kind == "fourier" else (surrogate.coefficients, surrogate.kind)
+
+
+def keep_precision(before: Tensor, after: Tensor) -> Tensor:
     narrower = after.is_floating_point() and after.dtype.itemsize < torch.float32.itemsize
     return before.to(after.device) if narrower else after

@@ -12,17 +12,18 @@ from torch import fx, nn
 
 from geta.cost import Cost, cost_of_graph
 from geta.errors import BadModelError, ConfigError
-from geta.graph.dependency import Analysis, DependencyGraph
+from geta.graph.dependency import Analysis, DependencyGraph, analysed
 from geta.graph.families import Selection
 from geta.graph.names import canonical_name, find_tensor, unwrap
 from geta.graph.preserve import mode_of
+from geta.quant.fixed import FixedQuantizer
 from geta.quant.quantizer import Quantizer
 from geta.subnet.comparison import max_difference, needs_float64, outputs
 from geta.subnet.eager import compact_eager
 from geta.subnet.integers import Quantized, drop_unused, store_integers
 from geta.subnet.model import CompactInfo, CompactModel
 from geta.subnet.program import Program, from_capture
-from geta.subnet.removal import CAPTURE_TOLERANCE, TOLERANCE, analysed, checked_selection, removed_roots, sliced, tensor_names, zeroed
+from geta.subnet.removal import CAPTURE_TOLERANCE, TOLERANCE, checked_selection, removed_roots, sliced, tensor_names, zeroed
 from geta.subnet.rewrite import KeptIndices, rewrite
 
 Product = Literal["graph", "eager", "auto"]
@@ -148,7 +149,7 @@ def _cut(model: nn.Module, analysis: Analysis, graph: DependencyGraph, selection
         quantized, stored = store_integers(program.graph, lambda name: read(name).detach(), _quantizer_names(model))
         for item in stored:
             tensors[item.codes_name] = sliced(item.codes, cut[item.weight])
-            tensors[item.scale_name] = sliced(read(item.step).detach(), cut[item.step])
+            tensors[item.scale_name] = sliced(item.scale, cut[item.step])
     drop_unused(program.graph)
     used = set(program.tensor_names())
     mine = [name for name in cut if name not in analysis.capture.constants]
@@ -156,7 +157,10 @@ def _cut(model: nn.Module, analysis: Analysis, graph: DependencyGraph, selection
 
 
 def _quantizer_names(model: nn.Module) -> dict[str, str]:
-    return {canonical_name(f"{path}.d"): module.name for path, module in model.named_modules() if isinstance(module, Quantizer)}
+    """The tensor that holds a quantizer's step size or scale -> the quantizer's name."""
+    learned = {canonical_name(f"{path}.d"): module.name for path, module in model.named_modules() if isinstance(module, Quantizer)}
+    fixed = {canonical_name(f"{path}.scale"): module.name for path, module in model.named_modules() if isinstance(module, FixedQuantizer)}
+    return {**learned, **fixed}
 
 
 def _example_leaves(graph: DependencyGraph, analysis: Analysis) -> list[Any]:
@@ -178,7 +182,7 @@ def _record_examples(graph: fx.Graph, leaves: list[Any]) -> None:
 def _dense_cost(model: nn.Module, whole: _Cut, leaves: list[Any]) -> Cost:
     """The uncut model as a float network: 32 bits on both sides of every product, tensors in their own dtype."""
     counted = cost_of_graph(whole.program.graph, whole.tensors, leaves)
-    steps = {f"{name.removesuffix('.d')}." for name in _quantizer_names(model)}
+    steps = {f"{name.rpartition('.')[0]}." for name in _quantizer_names(model)}
     own = [find_tensor(model, name) for name in whole.read if not any(name.startswith(prefix) for prefix in steps)]
     rows = tuple(replace(row, bops=row.macs * 1024.0, weight_bits=32.0, activation_bits=32.0) for row in counted.per_op)
     size = sum(tensor.numel() * tensor.element_size() for tensor in own)

@@ -22,7 +22,7 @@ _SINGLE_ONLY = (
     "quantized_decomposed::",
     "aten::fused_moving_avg_obs_fake_quant",
 )
-_ROUNDING = (*_SINGLE_ONLY, "geta::fake_quantize", "aten::round", "torchao::quantize_affine")
+_ROUNDING = (*_SINGLE_ONLY, "geta::fake_quantize", "geta::lsq_quantize", "aten::round", "torchao::quantize_affine")
 
 
 def max_difference(expected: list[Any], found: list[Any]) -> tuple[float, float]:

@@ -16,16 +16,17 @@ import torch.utils._pytree as pytree
 from torch import nn
 
 from geta.errors import BadModelError
-from geta.graph.dependency import DependencyGraph
+from geta.graph.dependency import DependencyGraph, analysed
 from geta.graph.families import Selection
 from geta.graph.names import canonical_name, find_tensor, unwrap
 from geta.graph.preserve import mode_of
 from geta.graph.propagate import UNUSED
+from geta.quant.fixed import FixedQuantizer
 from geta.quant.quantizer import Quantizer
 from geta.subnet.attributes import Change, Cut, Sizes, applied, apply, torch_changes
 from geta.subnet.comparison import max_difference
 from geta.subnet.pretrained import Fit, UnfitError, fitting_configs, is_pretrained
-from geta.subnet.removal import TOLERANCE, analysed, checked_selection, kept_by_name, sliced, zeroed
+from geta.subnet.removal import TOLERANCE, checked_selection, kept_by_name, sliced, zeroed
 from geta.subnet.rewrite import Kept
 from geta.subnet.trials import Bench, type_and_line
 
@@ -238,7 +239,7 @@ class _Maker:
         tensors = [*self.model.parameters(), *self.model.buffers()]
         narrow = any(tensor.dtype in (torch.float16, torch.bfloat16) for tensor in tensors)
         zeroed_model = self.model
-        if narrow or any(isinstance(module, Quantizer) for module in self.model.modules()):
+        if narrow or any(isinstance(module, Quantizer | FixedQuantizer) for module in self.model.modules()):
             zeroed_model, small = copy.deepcopy(self.model).double(), copy.deepcopy(small).double()
             inputs = pytree.tree_map_only(torch.Tensor, lambda t: t.double() if t.is_floating_point() else t, inputs)
         return Bench(zeroed_model, small, inputs, self.sizes_near, TOLERANCE[torch.float32])

@@ -10,10 +10,8 @@ import torch
 from torch import nn
 
 from geta.errors import BadModelError, ConfigError
-from geta.graph.capture import capture
-from geta.graph.dependency import Analysis, DependencyGraph, analyse_capture
+from geta.graph.dependency import Analysis, DependencyGraph
 from geta.graph.families import Selection
-from geta.graph.fingerprint import fingerprint
 from geta.graph.names import find_tensor, unwrap
 from geta.graph.propagate import UNUSED
 from geta.subnet.rewrite import Kept, KeptIndices
@@ -55,19 +53,6 @@ def zeroed(model: nn.Module, graph: DependencyGraph, selection: Selection) -> It
         with torch.no_grad():
             for tensor, value in before:
                 tensor.copy_(value)
-
-
-def analysed(model: nn.Module, graph: DependencyGraph, *, train: bool) -> Analysis:
-    """The model as it is now, captured and solved on the example inputs of the graph; an earlier capture serves if nothing changed."""
-    example, now = graph.example, fingerprint(model)
-    known = graph.analyses.get(train)
-    if known is not None and known[0] == now:
-        return known[1]
-    captured = capture(model, example.args, example.kwargs, dynamic_shapes=example.dynamic_shapes, train=train)
-    found = analyse_capture(model, captured, exact=example.exact, limits=example.limits)
-    if model is graph.model:
-        graph.analyses[train] = (now, found)
-    return found
 
 
 def removed_roots(analysis: Analysis, graph: DependencyGraph, selection: Selection) -> np.ndarray:
