@@ -137,7 +137,7 @@ def test_relative_criteria_compare_with_the_mean_of_the_family(stepped):
 def test_zero_groups_and_zero_directions_have_finite_scores():
     zero = torch.zeros(3)
     scores = Saliency(dict.fromkeys(CRITERIA, 1.0)).score(
-        GroupStatistics(norm=zero, size=zero + 1, direction=zero, inner=zero, family=torch.tensor([0, 0, 1]))
+        GroupStatistics(zero, zero + 1, zero, zero, torch.tensor([0, 0, 1]), observed={"fisher": zero, "activation": zero})
     )
     assert torch.isfinite(scores).all()
 
@@ -160,10 +160,45 @@ def test_criteria_are_pluggable_by_name_and_as_callables(stepped):
         del CRITERIA["smallest_first"]
 
 
+def test_both_normalisations_have_norm_one_and_the_second_makes_families_alike(stepped):
+    found = stepped[2]
+    for normalise in ("global", "family"):
+        assert Saliency("magnitude", normalise=normalise).score(found).norm().item() == pytest.approx(1.0, rel=1e-5)
+    score, raw = Saliency("taylor_first", normalise="family").score(found), CRITERIA["taylor_first"](found)
+    for family in range(3):
+        mine = found.family == family
+        expected = raw[mine] / (raw[mine].square().mean().sqrt() * math.sqrt(11))
+        assert torch.allclose(score[mine], expected)
+    zero = torch.zeros(3)
+    stats = GroupStatistics(norm=torch.tensor([0.0, 0.0, 3.0]), size=zero + 1, direction=zero, inner=zero, family=torch.tensor([0, 0, 1]))
+    assert Saliency("magnitude", normalise="family").score(stats).tolist() == pytest.approx([0.0, 0.0, 1 / math.sqrt(3)])
+
+
+def test_an_instance_stands_for_itself():
+    saliency = Saliency({"magnitude": 1.0})
+    assert Saliency.of(saliency) is saliency
+    assert isinstance(Saliency.of("cosine"), Saliency)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"normalise": "layer"}, "normalise is 'layer'; it must be one of global, family"),
+        ({"observers": ["moon"]}, "no observer named 'moon'; known are activation, fisher"),
+        ({"window": 5}, "window = 5 has no effect"),
+        ({"spec": "fisher", "window": 0}, "window is 0"),
+        ({"spec": "fisher", "window": 2.5}, "window is 2.5"),
+    ],
+)
+def test_bad_options_are_refused(options, words):
+    with pytest.raises(ConfigError, match=words):
+        Saliency(**options)
+
+
 @pytest.mark.parametrize(
     ("spec", "words"),
     [
-        ("size", "no criterion named 'size'; known are average_magnitude"),
+        ("size", "no criterion named 'size'; known are activation, average_magnitude"),
         ({}, "no criterion has a weight"),
         ({"magnitude": 0.0}, "no criterion has a weight"),
         ({"magnitude": float("nan")}, "finite"),

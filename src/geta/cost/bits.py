@@ -40,6 +40,7 @@ _MOVES = frozenset(
     )
 )
 _JOINS = frozenset(("cat", "concat", "concatenate", "stack", "hstack", "vstack", "column_stack", "maximum", "minimum", "where"))
+_QUANTIZERS = ("geta.fake_quantize.default", "geta.lsq_quantize.default", "geta.dequantize.default")
 
 
 class BitWidths:
@@ -52,15 +53,29 @@ class BitWidths:
         self._tensors = tensors
         self._names = names
         self._bits: dict[fx.Node, float] = {}
+        self._sources: dict[fx.Node, tuple[fx.Node | None, ...]] = {}
         self._values: dict[fx.Node, Any] = {}
 
     def of(self, node: fx.Node | None) -> float:
         """Return the mean bit width of a node's values; 32 when no quantizer made them (None: not in the graph)."""
-        if node is None:
-            return UNQUANTIZED
-        if node not in self._bits:
-            self._bits[node] = self._find(node)
-        return self._bits[node]
+        return max(self._width(source) for source in self.sources(node))
+
+    def sources(self, node: fx.Node | None) -> tuple[fx.Node | None, ...]:
+        """The quantizers that may have made a node's values, which are as wide as the widest; None: some are unquantized."""
+        if node is None or node.op != "call_function":
+            return (None,)
+        if node not in self._sources:
+            self._sources[node] = self._find_sources(node)
+        return self._sources[node]
+
+    def _find_sources(self, node: fx.Node) -> tuple[fx.Node | None, ...]:
+        base = _base(node)
+        if str(node.target) in _QUANTIZERS or base.startswith("fake_quantize_per_"):
+            return (node,)
+        if base in _JOINS:
+            found = [source for parent in node.all_input_nodes for source in self.sources(parent)]
+            return tuple(dict.fromkeys(found)) or (None,)
+        return self.sources(_source(node) if _moves(node, base) else None)
 
     def is_weight(self, node: fx.Node | None) -> bool:
         """Whether a node's values come from a parameter or buffer alone, quantized or moved about."""
@@ -105,29 +120,28 @@ class BitWidths:
                     self._values[node] = node.target(*args, **kwargs)
         return self._values[node]
 
-    def _find(self, node: fx.Node) -> float:
-        if node.op != "call_function":
+    def _width(self, quantizer: fx.Node | None) -> float:
+        if quantizer is None:
             return UNQUANTIZED
+        if quantizer not in self._bits:
+            self._bits[quantizer] = self._find_width(quantizer)
+        return self._bits[quantizer]
+
+    def _find_width(self, node: fx.Node) -> float:
         target = str(node.target)
         if target == "geta.fake_quantize.default":
             d, q_m, t = (self.value(argument) for argument in node.args[1:4])
             signed = node.args[4]
             assert isinstance(signed, bool)
             return _snapped(float(bit_width(d, q_m, t, signed).double().mean()))
-        if target == "geta.dequantize.default":
+        if target in ("geta.dequantize.default", "geta.lsq_quantize.default"):
             bits = node.args[2]
             assert isinstance(bits, int)
             return float(bits)
-        base = _base(node)
-        if base.startswith("fake_quantize_per_"):
-            low, high = node.args[-2:]
-            assert isinstance(low, int)
-            assert isinstance(high, int)
-            return math.log2(high - low + 1)
-        if base in _JOINS:
-            return max((self.of(parent) for parent in node.all_input_nodes), default=UNQUANTIZED)
-        source = _source(node) if _moves(node, base) else None
-        return self.of(source)
+        low, high = node.args[-2:]
+        assert isinstance(low, int)
+        assert isinstance(high, int)
+        return math.log2(high - low + 1)
 
 
 def _snapped(bits: float) -> float:

@@ -21,6 +21,8 @@ from geta.graph.capture import Capture, capture, check_inputs
 from geta.graph.names import canonical_name
 
 Path = Callable[[fx.Node], str]
+_SCALES = {"geta.fake_quantize.default": 4, "geta.lsq_quantize.default": 2, "geta.dequantize.default": 2}
+"""Operators of quantizers -> the first argument after the tensors that their scale is computed from; the first argument is the data."""
 
 
 def cost(model: nn.Module, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None) -> Cost:
@@ -39,8 +41,8 @@ def cost(model: nn.Module, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any]
     args, kwargs = check_inputs(model, args, kwargs)
     # No size is left symbolic: costs are for these inputs only, and the capture is faster.
     captured = capture(model, args, kwargs, dynamic_shapes={})
-    tensors, names = _tensors(model, captured)
-    inputs = _flat_inputs(captured, args, dict(kwargs))
+    tensors, names = captured_tensors(model, captured)
+    inputs = flat_inputs(captured, args, kwargs)
     return cost_of_graph(captured.graph, tensors, inputs, tensor_names=names, module_path=captured.module_path)
 
 
@@ -74,14 +76,18 @@ def cost_of_graph(
     widths = BitWidths(tensors, names)
     path = module_path or _recorded_path
     given = {**{node: tensors[name] for node, name in names.items()}, **dict(zip(free, values, strict=True))}
-    run = _ShapeRun(graph, given, _numbers(graph, widths), path)
-    rows = tuple(_row(product, path(node), widths) for node, product in run.products() if product.macs)
+    rows = tuple(_row(product, path(node), widths) for node, product in graph_products(graph, given, widths, path) if product.macs)
     params, weight_bytes = _storage(graph, tensors, widths)
     shapes = tuple(tuple(int(size) for size in value.shape) for value in values if isinstance(value, Tensor))
     return Cost(sum(row.macs for row in rows), math.fsum(row.bops for row in rows), params, weight_bytes, rows, shapes)
 
 
-def _tensors(model: nn.Module, captured: Capture) -> tuple[dict[str, Tensor], dict[str, str]]:
+def graph_products(graph: fx.Graph, given: Mapping[fx.Node, Any], widths: BitWidths, path: Path) -> list[tuple[fx.Node, Product]]:
+    """Every product that a graph computes, in graph order; `given` has the value of every placeholder and `get_attr` node."""
+    return list(_ShapeRun(graph, given, _numbers(graph, widths), path).products())
+
+
+def captured_tensors(model: nn.Module, captured: Capture) -> tuple[dict[str, Tensor], dict[str, str]]:
     """(name -> tensor, placeholder -> name); a tensor that the model knows by several names is counted once, by its first."""
     stored = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
     by_name = {**captured.constants, **{canonical_name(name): tensor for name, tensor in stored}}
@@ -90,7 +96,7 @@ def _tensors(model: nn.Module, captured: Capture) -> tuple[dict[str, Tensor], di
     return {name: by_name[name] for name in names.values()}, names
 
 
-def _flat_inputs(captured: Capture, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+def flat_inputs(captured: Capture, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Any]:
     """The leaves of the inputs in the order of the graph: keyword arguments in the order of the model's signature."""
     _, order = captured.in_spec.children()
     ordered = {key: kwargs[key] for key in order.context}
@@ -218,19 +224,24 @@ def _row(product: Product, path: str, widths: BitWidths) -> OpCost:
     return OpCost(path, product.op, product.macs, product.macs * weight_bits * activation_bits, weight_bits, activation_bits)
 
 
+def _strength(node: fx.Node) -> list[fx.Node]:
+    """The surrogate's strength, a tensor of the quantizer that only training needs."""
+    found = node.args[-1] if len(node.args) in (8, 9) else node.kwargs.get("strength")
+    return [found] if isinstance(found, fx.Node) and str(node.target) != "geta.dequantize.default" else []
+
+
 def _storage(graph: fx.Graph, tensors: Mapping[str, Tensor], widths: BitWidths) -> tuple[int, int]:
     """Count the parameters, and the bytes of all tensors with their quantizers' bit widths."""
     bits: dict[str, float] = {}
     quantizer: dict[str, bool] = {}  # tensor of a quantizer -> whether a saved model keeps it
     for node in graph.nodes:
         target = str(node.target) if node.op == "call_function" else ""
-        if target not in ("geta.fake_quantize.default", "geta.dequantize.default"):
+        if target not in _SCALES:
             continue
         stored = widths.stored(node.args[0])
         if stored is not None:
             bits[stored] = max(widths.of(node), bits.get(stored, 0.0))
-        last = 4 if target == "geta.fake_quantize.default" else 2
-        for position, argument in enumerate(node.args[1:last]):
+        for position, argument in enumerate((*node.args[1 : _SCALES[target]], *_strength(node))):
             for name in widths.read_by(argument):
                 # A weight's codes need only its step size; an activation's quantizer goes on quantizing.
                 quantizer[name] = quantizer.get(name, False) or stored is None or position == 0

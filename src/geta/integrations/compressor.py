@@ -10,7 +10,7 @@ from torch import nn
 
 from geta.errors import ConfigError
 from geta.graph import DependencyGraph, analyze
-from geta.optim import QASSO, Schedule
+from geta.optim import QASSO, Budget, Schedule
 from geta.quant import STE, Bits, Surrogate, quantize
 from geta.subnet import CompactModel, compact
 
@@ -28,6 +28,7 @@ class Compressor:
     model:           trained in place from now on: its weights get quantizers, and its groups become zero.
     args, kwargs:    example inputs, as the model is called: `model(*args, **kwargs)`.
     sparsity:        share of the prunable groups to remove, in [0, 1).
+    target:          a `geta.Budget` of costs instead of a sparsity; `optimizer` refuses one that can't be met.
     weight_bits:     range of bit widths of the weights, None = not quantized.
     activation_bits: the same for activations; needs `calibration`, an iterable of real batches.
     multiple_of:     every family keeps a multiple of this many groups.
@@ -43,7 +44,8 @@ class Compressor:
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
         *,
-        sparsity: float,
+        sparsity: float | None = None,
+        target: Budget | None = None,
         weight_bits: BitsLike | None = (4, 8),
         activation_bits: BitsLike | None = None,
         calibration: Iterable[Any] | None = None,
@@ -56,7 +58,9 @@ class Compressor:
         protect: Sequence[str] | str = (),
         prune: Sequence[str] | str | None = None,
     ) -> None:
-        if not 0.0 <= sparsity < 1.0:
+        if (sparsity is None) == (target is None):
+            raise ConfigError("give exactly one of sparsity=... (a share of the groups) and target=geta.Budget(...) (costs)")
+        if sparsity is not None and not 0.0 <= sparsity < 1.0:
             raise ConfigError(f"sparsity = {sparsity}: it is the share of the groups to remove, from 0 to below 1")
         if multiple_of < 1:
             raise ConfigError(f"multiple_of = {multiple_of}: a family keeps a multiple of at least 1 group")
@@ -70,6 +74,7 @@ class Compressor:
         self.model = model
         self.graph: DependencyGraph = analyze(model, args, kwargs, exact=exact, dynamic_shapes=dynamic_shapes, protect=protect, prune=prune)
         self._sparsity = sparsity
+        self._target = target
         self._multiple_of = multiple_of
         self._weight_bits = None if weight_bits is None else Bits.of(weight_bits)
         self._activation_bits = None if activation_bits is None else Bits.of(activation_bits)
@@ -112,6 +117,7 @@ class Compressor:
             optimizer_class(self.model.parameters(), **options),
             self.graph,
             sparsity=self._sparsity,
+            target=self._target,
             weight_bits=self._weight_bits,
             activation_bits=self._activation_bits,
             schedule=plan,
@@ -124,7 +130,7 @@ class Compressor:
         """Build the compact network from the trained model, verified against it.
 
         Raises ConfigError when there is no optimizer yet or training has not reached the cool-down, the stage in which the
-        removed groups are zero and every bit width is an integer.
+        removed groups are zero and every bit width is an integer; GetaError when the network costs more than the budget.
         """
         if self._optimizer is None:
             raise ConfigError("nothing was trained: call optimizer(...), train the model with it, then finish()")
@@ -135,4 +141,7 @@ class Compressor:
                 "cool-down; train on, or plan fewer total_steps"
             )
         self._optimizer.check()
-        return compact(self.model, self.graph)
+        small = compact(self.model, self.graph)
+        if self._target is not None:
+            self._optimizer.check_cost(small.cost)
+        return small

@@ -50,6 +50,11 @@ class QuantizerBank:
         self.lower_L = self._host_vector([quantizer.bits.lower for quantizer in self.quantizers])
         self.upper_L = self._host_vector([quantizer.bits.upper for quantizer in self.quantizers])
 
+    def fix(self, bits: Sequence[int]) -> None:
+        """Let each quantizer's bounds be a single bit width, until `read_settings` restores its range."""
+        self.lower_L = self._host_vector(list(bits))
+        self.upper_L = self.lower_L.clone()
+
     def __len__(self) -> int:
         return len(self.quantizers)
 

@@ -11,12 +11,12 @@ from torch.optim import Optimizer
 
 from geta.errors import ConfigError
 from geta.optim.bank import QuantizerBank
+from geta.optim.budget import Budget, sparsity_or_budget
 from geta.optim.groups import Graph
-from geta.optim.saliency import SaliencySpec
+from geta.optim.saliency import SaliencyLike
 from geta.optim.schedule import Schedule
 from geta.optim.setup import as_schedule
 from geta.optim.structured import StructuredOptimizer
-from geta.optim.wrapper import call_base
 from geta.quant import quantizers
 
 
@@ -32,7 +32,8 @@ class HESSO(StructuredOptimizer):
 
     base:        any torch optimizer over the model's parameters; `param_groups` and `state` stay its own.
     graph:       the model's DependencyGraph.
-    sparsity:    K = floor(sparsity * number of prunable groups), in [0, 1).
+    sparsity:    K = floor(sparsity * number of prunable groups), in [0, 1); 0.5 if neither it nor `target` is given.
+    target:      a `geta.Budget` of costs instead: the joint stage's first step decides how many groups each family loses.
     schedule:    a `Schedule`, or the planned number of steps. There is nothing to project, so that a projection stage counts
                  as warm-up.
     multiple_of: each family keeps a multiple of this many groups, or all.
@@ -47,21 +48,23 @@ class HESSO(StructuredOptimizer):
         base: Optimizer,
         graph: Graph,
         *,
-        sparsity: float = 0.5,
+        sparsity: float | None = None,
+        target: Budget | None = None,
         schedule: Schedule | int,
         multiple_of: int = 1,
-        saliency: SaliencySpec = None,
+        saliency: SaliencyLike = None,
     ) -> None:
         refuse_quantizers(graph, type(self).__name__)
         super().__init__(
             base,
             graph,
-            sparsity=sparsity,
+            sparsity=sparsity_or_budget(sparsity, target),
             schedule=without_projection(as_schedule(schedule)),
             multiple_of=multiple_of,
             saliency=saliency,
             bank=QuantizerBank([]),
             forgetting="uniform",
+            target=target,
         )
 
     def step(self, closure: Callable[[], float] | None = None) -> Any:
@@ -74,16 +77,17 @@ class HESSO(StructuredOptimizer):
         if self._prunes and self.schedule.is_period_start(self._step):
             self._check_finite()
         before = self._pruner.snapshot(everything=True) if k == 0 else {}
-        loss = call_base(self.base, closure)
+        loss = self._call_base(closure)
         with torch.no_grad():
             self._pruner.enforce_()
             if k == 0:
+                self._decide(before)
                 self._pruner.mark(before, self.schedule.pruned_target(period, self.target_groups))
             if joint:
                 self._pruner.decay_((k, length))
             if joint and k == length - 1:
                 self._pruner.finish_period_()
-        self._step += 1
+        self._advance()
         return loss
 
 

@@ -16,6 +16,7 @@ from geta.errors import ConfigError
 from geta.optim.bank import QuantizerBank, Steps
 from geta.optim.forget import Forgetting, PairMap, PairSums, forget
 from geta.optim.groups import GroupedTensor, GroupIndex, exclusive_row_sums
+from geta.optim.observe import Observation
 from geta.optim.saliency import Saliency, group_statistics
 from geta.optim.selection import Selector
 
@@ -61,6 +62,7 @@ class Pruner:
     bank:        the quantizers, whose weights are forgotten through their quantized value.
     layers:      id of a quantized parameter -> its position in the bank.
     forgetting:  the rule of `geta.optim.forget`.
+    observation: what the saliency's criteria observe over time; None = nothing.
     redundant, pruned: bool [G] on the host; redundant groups are on their way to zero, pruned ones are there.
     """
 
@@ -73,8 +75,10 @@ class Pruner:
         bank: QuantizerBank,
         layers: Mapping[int, int],
         forgetting: Forgetting,
+        observation: Observation | None = None,
     ) -> None:
         self.index, self.selector, self.saliency, self.bank, self.forgetting = index, selector, saliency, bank, forgetting
+        self.observation = observation or Observation({})
         self.redundant = np.zeros(index.num_groups, dtype=bool)
         self.pruned = np.zeros(index.num_groups, dtype=bool)
         self._layers = [layers.get(id(entry.tensor), -1) for entry in index.parameters]
@@ -93,18 +97,23 @@ class Pruner:
             return {position: entry.tensor.detach().clone() for position, entry in enumerate(self.index.parameters)}
         return {active.position: _copied(active, active.entry.tensor.detach()) for active in self._active}
 
+    def scores(self, before: Mapping[int, Tensor]) -> Tensor:
+        """Score of every group [G] from the step that the base optimizer has just proposed; waits for nothing.
+
+        before: `snapshot(everything=True)`.
+        """
+        old = [before[position] for position in range(len(self.index.parameters))]
+        new = [entry.tensor.detach() for entry in self.index.parameters]
+        return self.saliency.score(group_statistics(self.index, old, new, self.observation.read()))
+
     def mark(self, before: Mapping[int, Tensor], total: int) -> dict[int, Tensor]:
         """Score all groups from the proposed step and mark the least important as redundant, up to `total` in all.
 
         before: `snapshot(everything=True)`. Returns the part of it that `snapshot(everything=False)` would have taken.
         """
         if total > int(self.pruned.sum()):
-            old = [before[position] for position in range(len(self.index.parameters))]
-            new = [entry.tensor.detach() for entry in self.index.parameters]
-            scores = self.saliency.score(group_statistics(self.index, old, new)).double().cpu().numpy()
-            if not np.isfinite(scores).all():
-                raise ConfigError("saliency: a score is not a finite number; check the custom criterion, or the learning rate")
-            self.redundant = self.selector.mark(scores, self.pruned, total)
+            self.redundant = self.selector.mark(on_host(self.scores(before)), self.pruned, total)
+            self.observation.restart()
         self.refresh()
         return {active.position: active.take(before[active.position]) for active in self._active}
 
@@ -183,7 +192,7 @@ class Pruner:
             elif active.rows is not None:
                 tensor.index_copy_(active.entry.dims[0], active.rows, active.take(tensor) * kept)
             else:
-                tensor.mul_(torch.where(active.mask, kept, 1.0).to(tensor.dtype))
+                tensor.copy_(torch.where(active.mask, tensor * kept, tensor))
 
     def finish_period_(self) -> None:
         """The redundant groups are zero now: they are pruned from here on, buffers included."""
@@ -235,6 +244,14 @@ class Pruner:
             rate = torch.where(mine & ~covered, rates[position], rate)
             covered = covered | mine
         tensor.sub_((rate * quantized).to(tensor.dtype))
+
+
+def on_host(scores_G: Tensor) -> np.ndarray:
+    """Scores as a float64 array; waits for the device. Raises ConfigError when one isn't finite."""
+    scores: np.ndarray = scores_G.double().cpu().numpy()
+    if not np.isfinite(scores).all():
+        raise ConfigError("saliency: a score is not a finite number; check the custom criterion, or the learning rate")
+    return scores
 
 
 def _copied(active: _Active, tensor: Tensor) -> Tensor:

@@ -16,13 +16,14 @@ from torch.optim import Optimizer
 from geta.errors import GetaError
 from geta.graph.names import find_tensor
 from geta.optim.bank import QuantizerBank, Steps
+from geta.optim.budget import Budget, sparsity_or_budget
 from geta.optim.forget import Forgetting, check_forgetting
 from geta.optim.groups import Graph
-from geta.optim.saliency import SaliencySpec
+from geta.optim.saliency import SaliencyLike
 from geta.optim.schedule import Schedule, Stage
 from geta.optim.setup import BitsLike, as_schedule, check_quant_lr, replaced_bits, trained_parameters
 from geta.optim.structured import StructuredOptimizer
-from geta.optim.wrapper import call_base, move_to_own_group
+from geta.optim.wrapper import move_to_own_group
 from geta.quant import quantizers
 
 _BITS_TOLERANCE = 1e-3
@@ -44,7 +45,9 @@ class QASSO(StructuredOptimizer):
     base:            any torch optimizer over the model's parameters; `param_groups` and `state` stay its own, so that
                      learning-rate schedulers work. Quantizer parameters move to a group of their own.
     graph:           the model's DependencyGraph.
-    sparsity:        K = floor(sparsity * number of prunable groups), in [0, 1).
+    sparsity:        K = floor(sparsity * number of prunable groups), in [0, 1); 0.5 if neither it nor `target` is given.
+    target:          a `geta.Budget` of costs instead: the joint stage's first step decides how many groups each family loses and which
+                     bits each quantizer gets; upper bounds fall to these bits over the periods (`geta.optim.budget`).
     weight_bits, activation_bits: (b_l, b_u) that replace the bounds stored in the model's quantizers; None keeps those.
     schedule:        a `Schedule`, or the planned number of steps.
     multiple_of:     each family keeps a multiple of this many groups, or all.
@@ -65,12 +68,13 @@ class QASSO(StructuredOptimizer):
         base: Optimizer,
         graph: Graph,
         *,
-        sparsity: float = 0.5,
+        sparsity: float | None = None,
+        target: Budget | None = None,
         weight_bits: BitsLike = None,
         activation_bits: BitsLike = None,
         schedule: Schedule | int,
         multiple_of: int = 1,
-        saliency: SaliencySpec = None,
+        saliency: SaliencyLike = None,
         quant_lr: float = 1e-3,
         forgetting: Forgetting = "blend",
         tighten: bool = True,
@@ -84,7 +88,16 @@ class QASSO(StructuredOptimizer):
             plan.check_bits((bounds[quantizer.kind] or quantizer.bits).upper, f"quantizer '{quantizer.name}'")
         self._bank = QuantizerBank(found)
         super().__init__(
-            base, graph, sparsity=sparsity, schedule=plan, multiple_of=multiple_of, saliency=saliency, bank=self._bank, forgetting=rule
+            base,
+            graph,
+            sparsity=sparsity_or_budget(sparsity, target),
+            schedule=plan,
+            multiple_of=multiple_of,
+            saliency=saliency,
+            bank=self._bank,
+            forgetting=rule,
+            target=target,
+            bits=[bounds[quantizer.kind] or quantizer.bits for quantizer in found],
         )
         move_to_own_group(base, trained_parameters(graph, found), quant_lr)
         for quantizer in found:
@@ -101,8 +114,8 @@ class QASSO(StructuredOptimizer):
         Raises GetaError at the start of a period when parameters are no longer finite.
         """
         if not self._prunes and not len(self._bank):
-            loss = call_base(self.base, closure)
-            self._step += 1
+            loss = self._call_base(closure)
+            self._advance()
             return loss
         stage = self.schedule.stage_at(self._step)
         if self.schedule.is_period_start(self._step):
@@ -113,13 +126,13 @@ class QASSO(StructuredOptimizer):
         marking = joint and self.schedule.joint_at(self._step).k == 0
         before = self._pruner.snapshot(everything=marking) if joint else {}
         steps = self._bank.read() if joint and len(self._bank) else None
-        loss = call_base(self.base, closure)
+        loss = self._call_base(closure)
         with torch.no_grad():
             self._pruner.enforce_()
             ruled = self._joint(before, steps) if joint else None
             if len(self._bank):
                 self._constrain_bits(stage, ruled)
-        self._step += 1
+        self._advance()
         return loss
 
     @property
@@ -136,17 +149,16 @@ class QASSO(StructuredOptimizer):
         `mean_*bits` and `upper_bound` (of the widest tensor, in bits) are None without quantizers.
         """
         bits = self.bits
-        uppers = [self.schedule.upper_bits_at(self._step, quantizer.bits.upper) for quantizer in self._bank.quantizers]
         return {
             **super().progress(),
             "mean_bits": _mean(list(bits.values())),
             "mean_weight_bits": _mean([bits[q.name] for q in self._bank.quantizers if q.kind == "weight"]),
             "mean_activation_bits": _mean([bits[q.name] for q in self._bank.quantizers if q.kind == "activation"]),
-            "upper_bound": max(uppers, default=None),
+            "upper_bound": max(self._bounds(), default=None),
         }
 
     def check(self) -> None:
-        """Assert the result: exactly K zero groups and every bit width an integer in its range.
+        """Assert the result: exactly K zero groups, every bit width an integer in its range, costs within the budget.
 
         Raises GetaError with the numbers otherwise, also when the run stopped before the cool-down.
         """
@@ -173,6 +185,7 @@ class QASSO(StructuredOptimizer):
         """Mark, forget, prune; returns d / d(b_l) by the rule and which quantizers it is for (both [L])."""
         period, k, length = self.schedule.joint_at(self._step)
         if k == 0:
+            self._decide(before)
             before = self._pruner.mark(before, self.schedule.pruned_target(period, self.target_groups))
         ratio = self._pruner.forget_(before, steps, (k, length))
         owners = self._pruner.owner_L
@@ -197,9 +210,23 @@ class QASSO(StructuredOptimizer):
             self._bits = bank.rounded_bits()
         bank.write_d_(bank.step_size_of(self._bits, now))
 
+    def _adopt_plan(self) -> None:
+        super()._adopt_plan()
+        self._bank.read_settings()
+        if self._target is not None and self._target.plan is not None:
+            self._bank.fix(self._target.plan.bits)
+
+    def _bounds(self) -> list[float]:
+        """This step's upper bound of every quantizer; a plan's bits are reached in the joint stage's last period."""
+        uppers = [self.schedule.upper_bits_at(self._step, quantizer.bits.upper) for quantizer in self._bank.quantizers]
+        if self._target is None or self._target.plan is None:
+            return uppers
+        period = self._period()
+        return self._target.narrowed(uppers, 1.0 if period is None else (period + 1) / self.schedule.num_joint_periods)
+
     def _upper_bits(self) -> Tensor:
         """This step's upper bound per quantizer [L]; made anew only when it changes."""
-        bounds = tuple(self.schedule.upper_bits_at(self._step, quantizer.bits.upper) for quantizer in self._bank.quantizers)
+        bounds = tuple(self._bounds())
         if self._upper is None or self._upper[0] != bounds:
             self._upper = (bounds, torch.tensor(bounds, dtype=self._bank.lower_L.dtype, device=self._bank.device))
         return self._upper[1]

@@ -1,4 +1,4 @@
-"""How important is a group? Five criteria, each from a few numbers per group, and their weighted sum.
+"""How important is a group? Criteria, each from a few numbers per group, and their weighted sum.
 
 With x_g the parameters of group g and grad_g the base optimizer's direction (`-delta`, so that plain descent moves along
 `-grad_g`), lowest score = most redundant:
@@ -9,10 +9,12 @@ With x_g the parameters of group g and grad_g the base optimizer's direction (`-
     Taylor, 1st order    |<x_g, grad_g>|
     Taylor, 2nd order    <x_g, grad_g>^2 / 2
 
-Each criterion's vector over all groups is divided by its own l2 norm before the weighted sum.
+Each criterion's vector over all groups is divided by its own l2 norm before the weighted sum, or family by family by its root mean
+square (`normalise="family"`), so that families of different scale are compared fairly.
 
 Also offered, weight 0 by default: `relative_magnitude` and `relative_taylor` divide by the mean of the group's family. The five
 published ones compare absolute sizes across families, and can leave a wide family a single group while others stay whole.
+`fisher` and `activation` look at a window of steps before groups are marked (`geta.optim.observe`).
 
 Source: GETA (arXiv 2502.16638) and HESSO (arXiv 2409.09085), saliency score.
 Deviation: the public reference uses 1 + cos, which calls a group important when shrinking it helps; ours is 1 - cos.
@@ -22,14 +24,18 @@ Legend: `G` groups.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from geta.errors import ConfigError
-from geta.optim.groups import GroupIndex, row_sums
+from geta.optim import activations  # noqa: F401 - its observer registers itself
+from geta.optim.groups import Graph, GroupIndex, row_sums
+from geta.optim.observe import OBSERVERS, Observation
 
 
 @dataclass(frozen=True)
@@ -38,6 +44,7 @@ class GroupStatistics:
 
     norm: ||x_g||. size: |g|, elements. direction: ||grad_g||. inner: <x_g, grad_g>. family: id of the group's family (int64).
     An element that a group owns along two dimensions of one tensor counts twice, in all of them alike.
+    observed: what the observers of the saliency report, by name; empty without observers.
     """
 
     norm: Tensor
@@ -45,6 +52,13 @@ class GroupStatistics:
     direction: Tensor
     inner: Tensor
     family: Tensor
+    observed: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def seen_by(self, observer: str) -> Tensor:
+        """What the observer reports [G]; ConfigError when the saliency has no such observer."""
+        if observer not in self.observed:
+            raise ConfigError(f"this criterion needs the observer '{observer}': give Saliency(..., observers=['{observer}'])")
+        return self.observed[observer]
 
     def family_mean(self, values: Tensor) -> Tensor:
         """For each group, the mean of `values` over its family [G]."""
@@ -55,18 +69,27 @@ class GroupStatistics:
 
 Criterion = Callable[[GroupStatistics], Tensor]
 SaliencySpec = str | Criterion | Mapping[str, float] | Sequence[tuple[str | Criterion, float]] | None
+Normalise = Literal["global", "family"]
+
+DEFAULT_WINDOW = 20
 
 CRITERIA: dict[str, Criterion] = {}
 """All criteria by name; `register_criterion` adds to it."""
 
+_NEEDS: dict[str, tuple[str, ...]] = {}
 
-def register_criterion(name: str) -> Callable[[Criterion], Criterion]:
-    """Make a criterion usable by name: `@register_criterion("mine")` over a function GroupStatistics -> Tensor[G]."""
+
+def register_criterion(name: str, observers: Sequence[str] = ()) -> Callable[[Criterion], Criterion]:
+    """Make a criterion usable by name: `@register_criterion("mine")` over a function GroupStatistics -> Tensor[G].
+
+    observers: names of the observers (`geta.optim.observe`) whose reports it reads with `GroupStatistics.seen_by`.
+    """
 
     def register(criterion: Criterion) -> Criterion:
         if name in CRITERIA:
             raise ConfigError(f"a saliency criterion named '{name}' exists already: choose another name")
         CRITERIA[name] = criterion
+        _NEEDS[name] = tuple(observers)
         return criterion
 
     return register
@@ -117,6 +140,25 @@ def relative_taylor(groups: GroupStatistics) -> Tensor:
     return groups.inner.abs() / torch.where(mean > 0, mean, 1.0)
 
 
+@register_criterion("fisher", observers=["fisher"])
+def fisher(groups: GroupStatistics) -> Tensor:
+    """Mean over the window's steps of <x_g, dL/dx_g>^2, with the gradient itself instead of the base optimizer's direction."""
+    return groups.seen_by("fisher")
+
+
+@register_criterion("activation", observers=["activation"])
+def activation(groups: GroupStatistics) -> Tensor:
+    """Sum of |w_ij| a_j over the layers that read the group, a_j = root mean square of input j over the window.
+
+    A family that can't be observed (the observer's notes name it) counts as average: its relative magnitudes times the mean of
+    all groups that were observed.
+    """
+    seen = groups.seen_by("activation")
+    known = seen >= 0
+    mean = torch.where(known, seen, 0.0).sum() / known.sum().clamp(min=1)
+    return torch.where(known, seen, relative_magnitude(groups) * mean)
+
+
 DEFAULT_WEIGHTS: dict[str, float] = {
     "magnitude": 0.2,
     "average_magnitude": 0.2,
@@ -127,18 +169,46 @@ DEFAULT_WEIGHTS: dict[str, float] = {
 
 
 class Saliency:
-    """A weighted sum of criteria: `score(stats) = sum_i w_i * v_i / ||v_i||`.
+    """A weighted sum of criteria: `score(stats) = sum_i w_i n(v_i)`.
 
-    spec: None (the five criteria, weight 0.2 each), a name, a callable, {name: weight}, or a list of (name or callable, weight).
+    spec:      None (the five criteria, weight 0.2 each), a name, a callable, {name: weight}, or a list of (name or callable, weight).
+    normalise: "global": n(v) = v / ||v||. "family": n(v)_g = v_g / (rms of v over the family of g * sqrt(G)), so that every family
+               has the same mean square; ||n(v)|| = 1 in both cases.
+    observers: further observers that callables of yours read with `GroupStatistics.seen_by`; named criteria bring theirs.
+    window:    how many steps, up to and with the one in which groups are marked, observers look at; None = 20. A window never
+               reaches back beyond the previous marking.
 
-    Raises ConfigError for an unknown name, an empty or all-zero list, a weight that isn't a finite number, or (when scoring) a
-    criterion whose result isn't a floating-point vector with one number per group.
+    It holds no state of a run, so that one instance can serve several optimizers.
+
+    Raises ConfigError for an unknown name, an empty or all-zero list, a weight that isn't a finite number, a window without
+    observers, or (when scoring) a criterion whose result isn't a floating-point vector with one number per group.
     """
 
-    def __init__(self, spec: SaliencySpec = None) -> None:
-        self._terms = [(name, _resolve(name), _weight(name, weight)) for name, weight in _pairs(spec)]
-        if not any(weight for _, _, weight in self._terms):
+    def __init__(
+        self, spec: SaliencySpec = None, *, normalise: Normalise = "global", observers: Sequence[str] = (), window: int | None = None
+    ) -> None:
+        terms = [(name, _resolve(name), _weight(name, weight)) for name, weight in _pairs(spec)]
+        self._terms = [term for term in terms if term[2]]
+        if not self._terms:
             raise ConfigError("saliency: no criterion has a weight other than zero; give at least one")
+        if normalise not in get_args(Normalise):
+            raise ConfigError(f"saliency: normalise is {normalise!r}; it must be one of {', '.join(get_args(Normalise))}")
+        self.normalise = normalise
+        needed = [*observers, *(observer for name, _, _ in self._terms if isinstance(name, str) for observer in _NEEDS.get(name, ()))]
+        unknown = [name for name in needed if name not in OBSERVERS]
+        if unknown:
+            raise ConfigError(f"saliency: there is no observer named '{unknown[0]}'; known are {', '.join(sorted(OBSERVERS))}")
+        self.observers = tuple(sorted(set(needed)))
+        self.window = _window(window, self.observers)
+
+    @classmethod
+    def of(cls, value: Saliency | SaliencySpec) -> Saliency:
+        """`value` itself if it is a Saliency, else one made from it as `spec`."""
+        return value if isinstance(value, Saliency) else cls(value)
+
+    def observation(self, index: GroupIndex, graph: Graph) -> Observation:
+        """New observers for one run over the groups of `index`; closed."""
+        return Observation({name: OBSERVERS[name](index, graph) for name in self.observers})
 
     def score(self, groups: GroupStatistics) -> Tensor:
         """Scores [G]; lowest = most redundant."""
@@ -148,15 +218,26 @@ class Saliency:
             if not isinstance(vector, Tensor) or vector.shape != total.shape or not vector.is_floating_point():
                 found = f"{vector.dtype} {tuple(vector.shape)}" if isinstance(vector, Tensor) else type(vector).__name__
                 raise ConfigError(f"saliency criterion {name!r} returned {found}: it must be a float tensor of shape {tuple(total.shape)}")
-            norm = torch.linalg.vector_norm(vector)
-            total = total + weight * torch.where(norm > 0, vector / torch.where(norm > 0, norm, 1.0), 0.0)
+            scale = self._scale(vector, groups)
+            total = total + weight * torch.where(scale > 0, vector / torch.where(scale > 0, scale, 1.0), 0.0)
         return total
 
+    def _scale(self, vector: Tensor, groups: GroupStatistics) -> Tensor:
+        if self.normalise == "global":
+            norm: Tensor = torch.linalg.vector_norm(vector)
+            return norm
+        return groups.family_mean(vector.square()).sqrt() * math.sqrt(vector.numel())
 
-def group_statistics(index: GroupIndex, before: Sequence[Tensor], after: Sequence[Tensor]) -> GroupStatistics:
+
+SaliencyLike = Saliency | SaliencySpec
+
+
+def group_statistics(
+    index: GroupIndex, before: Sequence[Tensor], after: Sequence[Tensor], observed: Mapping[str, Tensor] | None = None
+) -> GroupStatistics:
     """Statistics of all groups from each parameter's value before and after the proposed step (`grad = before - after`).
 
-    `before` and `after` run parallel to `index.parameters`.
+    `before` and `after` run parallel to `index.parameters`. observed: what observers report, by name.
     """
     x_rows, grad_rows, inner_rows, size_rows = [], [], [], []
     for entry, old, new in zip(index.parameters, before, after, strict=True):
@@ -168,7 +249,9 @@ def group_statistics(index: GroupIndex, before: Sequence[Tensor], after: Sequenc
         size_rows.append([groups.new_full(groups.shape, x.numel() // max(groups.numel(), 1)) for groups in entry.groups])
     x_G, grad_G, inner_G = (index.per_group(index.reduce_rows(rows)) for rows in (x_rows, grad_rows, inner_rows))
     size_G = index.per_group(index.reduce_rows(size_rows)).to(index.dtype)
-    return GroupStatistics(norm=x_G.sqrt(), size=size_G, direction=grad_G.sqrt(), inner=inner_G, family=index.family_of_G)
+    return GroupStatistics(
+        norm=x_G.sqrt(), size=size_G, direction=grad_G.sqrt(), inner=inner_G, family=index.family_of_G, observed=observed or {}
+    )
 
 
 def _pairs(spec: SaliencySpec) -> list[tuple[str | Criterion, float]]:
@@ -198,3 +281,15 @@ def _weight(name: str | Criterion, weight: object) -> float:
     if isinstance(weight, bool) or not isinstance(weight, int | float) or not abs(weight) < float("inf"):
         raise ConfigError(f"saliency: the weight of {name!r} is {weight!r}; it must be a finite number")
     return float(weight)
+
+
+def _window(window: int | None, observers: Sequence[str]) -> int:
+    if window is None:
+        return DEFAULT_WINDOW
+    if not observers:
+        raise ConfigError(
+            f"saliency: window = {window} has no effect, because no criterion observes; use 'fisher' or 'activation', or drop it"
+        )
+    if isinstance(window, bool) or not isinstance(window, int) or window < 1:
+        raise ConfigError(f"saliency: window is {window!r}; it must be a whole number of steps, at least 1")
+    return window

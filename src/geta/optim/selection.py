@@ -26,7 +26,10 @@ class Selector:
     sizes: groups per family. wanted: K as the user asked for. multiple_of: m.
     target: the K that will be met: the feasible count nearest to `wanted`, the smaller one of two equally near.
     note: in words, when `target` differs from `wanted`; otherwise "".
+    counts: how many groups each family loses in the end, when that is fixed (`fix`); else None.
     """
+
+    counts: list[int] | None = None
 
     def __init__(self, sizes: Sequence[int], wanted: int, multiple_of: int = 1) -> None:
         if not isinstance(multiple_of, int) or isinstance(multiple_of, bool) or multiple_of < 1:
@@ -40,6 +43,11 @@ class Selector:
             rule = "no family may be emptied" if multiple_of == 1 else f"every family keeps a multiple of {multiple_of} groups or all"
             total = int(self.starts[-1])
             self.note = f"{wanted} of {total} groups were to be removed; {self.target} is the nearest possible, because {rule}"
+
+    def fix(self, counts: Sequence[int] | None) -> None:
+        """Fix how many groups each family loses in the end; None: nothing is removed for now."""
+        self.counts = None if counts is None else list(counts)
+        self.target = sum(counts or ())
 
     def mark(self, scores_G: np.ndarray, pruned_G: np.ndarray, total: int) -> np.ndarray:
         """Newly redundant groups (bool [G]) that bring the number of pruned groups from `pruned_G` up to `total`.
@@ -60,6 +68,9 @@ class Selector:
         done = [int(pruned[a:b].sum()) for a, b in pairwise(self.starts)]
         steps = [[count - have for count in counts if count > have] for counts, have in zip(self.options, done, strict=True)]
         needed = self.target - sum(done)
+        if self.counts is not None:
+            final = zip(ranked, self.counts, done, strict=True)
+            return np.concatenate([np.zeros(0, np.int64), *(ids[: count - have] for ids, count, have in final)])
         if self.multiple_of == 1:
             candidates = np.concatenate([np.zeros(0, np.int64), *(ids[: len(step)] for ids, step in zip(ranked, steps, strict=True))])
             return candidates[np.lexsort((candidates, scores[candidates]))][:needed]

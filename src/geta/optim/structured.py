@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from geta.cost.record import Cost
 from geta.errors import CheckpointError, ConfigError, GetaError
 from geta.optim.bank import QuantizerBank
+from geta.optim.budget import Budget, BudgetTarget, costs_by_kind
 from geta.optim.forget import Forgetting
 from geta.optim.groups import Graph, GroupIndex
-from geta.optim.pruner import Pruner
-from geta.optim.saliency import Saliency, SaliencySpec
+from geta.optim.pruner import Pruner, on_host
+from geta.optim.saliency import Saliency, SaliencyLike
 from geta.optim.schedule import Schedule, Stage
 from geta.optim.selection import Selector
 from geta.optim.setup import check_sparsity, refuse_unprunable
-from geta.optim.wrapper import WrappingOptimizer
+from geta.optim.wrapper import WrappingOptimizer, call_base
+from geta.quant import Bits
 
 
 class StructuredOptimizer(WrappingOptimizer):
@@ -27,6 +31,7 @@ class StructuredOptimizer(WrappingOptimizer):
     base, graph, sparsity, schedule, multiple_of, saliency: as in `QASSO`.
     bank:       the quantizers whose weights are forgotten through their quantized value.
     forgetting: the rule of `geta.optim.forget`.
+    target:     a budget instead of a sparsity (which is 0 then); bits: the final bounds of the bank's quantizers.
 
     Nothing of the base or the model is changed here. Raises ConfigError for impossible settings.
     """
@@ -39,9 +44,11 @@ class StructuredOptimizer(WrappingOptimizer):
         sparsity: float,
         schedule: Schedule,
         multiple_of: int,
-        saliency: SaliencySpec,
+        saliency: SaliencyLike,
         bank: QuantizerBank,
         forgetting: Forgetting,
+        target: Budget | None = None,
+        bits: Sequence[Bits] = (),
     ) -> None:
         check_sparsity(sparsity)
         self.schedule = schedule
@@ -51,15 +58,20 @@ class StructuredOptimizer(WrappingOptimizer):
         if sparsity > 0.0 and not self._index.num_groups:
             refuse_unprunable(graph, sparsity)
         selector = Selector(self._index.sizes, wanted, multiple_of)
-        if selector.target and not schedule.joint_steps:
-            raise ConfigError(f"{selector.target} groups are to be removed, but the schedule has no joint stage: give schedule.joint > 0")
-        criteria = Saliency(saliency)
+        if (selector.target or target) and not schedule.joint_steps:
+            what = "a budget is to be met" if target else f"{selector.target} groups are to be removed"
+            raise ConfigError(f"{what}, but the schedule has no joint stage: give schedule.joint > 0")
+        self._target = BudgetTarget(target, graph, self._index, selector, quantizers=bank.quantizers, bits=bits) if target else None
+        self._prunes = selector.target > 0 or target is not None
+        criteria = Saliency.of(saliency)
+        observation = criteria.observation(self._index, graph) if self._prunes else None
         super().__init__(base)
+        layers = bank.weights_of(graph.model)
         self._pruner = Pruner(
-            self._index, selector, saliency=criteria, bank=bank, layers=bank.weights_of(graph.model), forgetting=forgetting
+            self._index, selector, saliency=criteria, bank=bank, layers=layers, forgetting=forgetting, observation=observation
         )
-        self._prunes = selector.target > 0
         self._step = 0
+        self._observe_next()
         self.notes = [*self._index.notes, *([selector.note] if selector.note else [])]
         if sparsity > 0.0 and wanted == 0:
             self.notes.append(f"sparsity {sparsity} of {self._index.num_groups} groups is less than one group: nothing is removed")
@@ -71,7 +83,7 @@ class StructuredOptimizer(WrappingOptimizer):
 
     @property
     def target_groups(self) -> int:
-        """K: how many groups are zero in the end."""
+        """K: how many groups are zero in the end; with a budget 0 until the joint stage begins, where it is decided."""
         return self._pruner.selector.target
 
     @property
@@ -94,19 +106,30 @@ class StructuredOptimizer(WrappingOptimizer):
             "stage": stage,
             "period": self._period(),
             "groups": groups,
-            "target_groups": self.target_groups,
+            "target_groups": self.target_groups if self._decided else None,
             "pruned_groups": pruned,
             "redundant_groups": int(self._pruner.redundant.sum()),
-            "groups_left": self.target_groups - pruned,
+            "groups_left": self.target_groups - pruned if self._decided else None,
             "group_sparsity": pruned / groups if groups else 0.0,
         }
 
+    @property
+    def cost_limits(self) -> dict[str, float]:
+        """What the compact model may cost, by kind (macs, bops, params, bytes); empty without a budget."""
+        return {} if self._target is None else dict(self._target.limits)
+
+    def check_cost(self, cost: Cost) -> None:
+        """Raise GetaError with the numbers when the counted cost of the compact model is above a limit of the budget."""
+        if self._target is not None:
+            self._target.check(costs_by_kind(cost))
+
     def report(self) -> list[str]:
-        """What was reached, in words: groups, and every note (missed targets, alignment)."""
-        return [*self._headlines(), *self.notes]
+        """What was reached, in words: groups, and every note (missed targets, alignment, families that can't be observed)."""
+        budget = [] if self._target is None else self._target.lines(self._planned_costs())
+        return [*self._headlines(), *budget, *self.notes, *self._pruner.observation.notes]
 
     def check(self) -> None:
-        """Assert the result: exactly K zero groups.
+        """Assert the result: exactly K zero groups, and costs within the budget.
 
         Raises GetaError with the numbers otherwise, also when the run stopped before the cool-down.
         """
@@ -120,6 +143,50 @@ class StructuredOptimizer(WrappingOptimizer):
             raise GetaError(
                 f"{zero} groups are zero, but exactly {self.target_groups} should be: were parameters changed outside the optimizer?"
             )
+        planned = self._planned_costs()
+        if self._target is not None and planned is not None:
+            self._target.check(planned)
+
+    @property
+    def _decided(self) -> bool:
+        """Whether it is known how many groups go."""
+        return self._target is None or self._target.plan is not None
+
+    def _decide(self, before: Mapping[int, Tensor]) -> None:
+        """With a budget, plan at the first marking how many groups of each family go and which bits remain."""
+        if self._target is None or self._target.plan is not None:
+            return
+        scores = on_host(self._pruner.scores(before)) if self._index.num_groups else np.zeros(0)
+        self._target.plan = self._target.make(scores)
+        self._adopt_plan()
+
+    def _adopt_plan(self) -> None:
+        """Let everything follow the plan, or its absence."""
+        assert self._target is not None
+        self._pruner.selector.fix(None if self._target.plan is None else self._target.plan.removed)
+
+    def _planned_costs(self) -> dict[str, float] | None:
+        if self._target is None or self._target.plan is None:
+            return None
+        return self._target.costs(self._target.plan.removed, self._target.plan.bits)
+
+    def _call_base(self, closure: Callable[[], float] | None) -> Any:
+        """The base's own step, seen by the observers of the saliency; the closure's loss if there is one."""
+        return call_base(self.base, self._pruner.observation.watched(closure))
+
+    def _advance(self) -> None:
+        """The step is done."""
+        self._step += 1
+        self._observe_next()
+
+    def _observe_next(self) -> None:
+        if self._pruner.observation.needed:
+            self._pruner.observation.follow(self._observes(self._step))
+
+    def _observes(self, step: int) -> bool:
+        """Whether `step` lies in the window of steps that the next marking looks at."""
+        window = range(step, min(step + self._pruner.saliency.window, self.schedule.cooldown_start))
+        return any(self.schedule.stage_at(s) == "joint" and self.schedule.is_period_start(s) for s in window)
 
     def _period(self) -> int | None:
         return self.schedule.joint_at(self._step).period if self.stage == "joint" else None
@@ -128,7 +195,7 @@ class StructuredOptimizer(WrappingOptimizer):
         now = self.progress()
         return [
             f"step {now['step']} of {now['total_steps']}, {now['stage']}",
-            f"{now['pruned_groups']} of {now['groups']} groups removed, {now['target_groups']} wanted",
+            f"{now['pruned_groups']} of {now['groups']} groups removed, {self.target_groups if self._decided else 'as yet unknown'} wanted",
         ]
 
     def _check_finite(self) -> None:
@@ -149,12 +216,17 @@ class StructuredOptimizer(WrappingOptimizer):
         return {
             "schedule": self.schedule.to_dict(),
             "families": {family.name: family.size for family in self._index.families},
-            "target_groups": self.target_groups,
+            "target_groups": self.target_groups if self._target is None else None,
+            "target": None if self._target is None else self._target.budget.to_dict(),
             "multiple_of": self._pruner.selector.multiple_of,
+            "observers": dict.fromkeys(self._pruner.saliency.observers, self._pruner.saliency.window),
         }
 
     def _extra_state(self) -> dict[str, Any]:
+        observed = {"observed": self._pruner.observation.state()} if self._pruner.observation.needed else {}
         return {
+            **observed,
+            **({} if self._target is None else {"plan": self._target.state()}),
             "settings": self._settings(),
             "step": self._step,
             "stage": self.stage,
@@ -163,16 +235,22 @@ class StructuredOptimizer(WrappingOptimizer):
         }
 
     def _check_extra_state(self, extra: Mapping[str, Any]) -> None:
+        for key, mine in self._settings().items():
+            saved = extra["settings"].get(key) if "settings" in extra else mine
+            if saved != mine:
+                raise CheckpointError(f"the checkpoint was made with {key} = {saved}, this run has {mine}: resume with the same settings")
         missing = [key for key in self._extra_state() if key not in extra]
         if missing:
             raise CheckpointError(f"the optimizer state lacks {', '.join(missing)}: it is damaged or of another version")
-        for key, mine in self._settings().items():
-            saved = extra["settings"].get(key)
-            if saved != mine:
-                raise CheckpointError(f"the checkpoint was made with {key} = {saved}, this run has {mine}: resume with the same settings")
 
     def _load_extra_state(self, extra: Mapping[str, Any]) -> None:
         self._step = int(extra["step"])
         self._pruner.redundant = extra["redundant"].cpu().numpy().astype(bool)
         self._pruner.pruned = extra["pruned"].cpu().numpy().astype(bool)
+        if self._target is not None:
+            self._target.load(extra["plan"])
+            self._adopt_plan()
         self._pruner.refresh()
+        if self._pruner.observation.needed:
+            self._observe_next()
+            self._pruner.observation.load(extra["observed"])

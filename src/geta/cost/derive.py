@@ -1,0 +1,216 @@
+"""Derive the cost model of everything that can be cut from a network: which size of which operator shrinks with which family."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from torch import Tensor, fx, nn
+
+from geta.cost.bits import BitWidths
+from geta.cost.count import captured_tensors, flat_inputs, graph_products
+from geta.cost.macs import Product
+from geta.cost.model import CostModel, ProductTerm, TensorTerm, Width
+from geta.cost.record import UNQUANTIZED
+from geta.cost.shrink import Shrinkage, Slopes
+from geta.errors import BadModelError
+from geta.graph.capture import Capture
+from geta.graph.dependency import Analysis, DependencyGraph, analysed
+from geta.graph.names import canonical_name
+from geta.graph.propagate import bind_arguments
+from geta.quant.fixed import FixedQuantizer
+from geta.quant.quantizer import Quantizer
+
+_FAKE_QUANTIZE = "geta.fake_quantize.default"
+_STEPS = {_FAKE_QUANTIZE: "d", "geta.lsq_quantize.default": "scale"}
+"""The argument of each fake quantizer that its integers are multiplied with."""
+
+
+def cost_model(graph: DependencyGraph) -> CostModel:
+    """The costs that `geta.compact(graph.model, graph, ...)` will have, as a function of removed groups and bits.
+
+    The model is captured again if quantizers were attached since `analyze`. Costs are for the example inputs of the graph.
+    Raises BadModelError when the model, as it is now, no longer fits the graph.
+    """
+    return _Derivation(graph).run()
+
+
+class _Graph:
+    """One capture: its tensors by name, its live operators, and how its sizes shrink."""
+
+    def __init__(self, graph: DependencyGraph, analysis: Analysis) -> None:
+        self.capture: Capture = analysis.capture
+        self.tensors, lifted = captured_tensors(graph.model, self.capture)
+        placeholders = self.capture.graph.find_nodes(op="placeholder")
+        self.names: dict[fx.Node, str] = {node: lifted[node.name] for node in placeholders if node.name in lifted}
+        self.free = [node for node in placeholders if node not in self.names]
+        self.first = {name: node for node, name in reversed(self.names.items())}
+        self.live = _live(self.capture.graph)
+        self.shrinkage = Shrinkage(graph, analysis)
+        self.coded = {self.names[x]: (node, d) for node, x, d in _quantized(self.live) if x in self.names}
+        """Parameters that `geta.compact` stores as integers: name -> (quantizing node, its step size)."""
+        codes = {node for node, x, _ in _quantized(self.live) if x in self.names}
+        inputs = [source for node in self.live if node not in codes for source in node.all_input_nodes]
+        self.read = sorted({self.names[source] for source in inputs if source in self.names})
+
+    def where(self, node: fx.Node) -> str:
+        return (self.capture.module_path(node) if node.op == "call_function" else self.names.get(node, "")) or "the model itself"
+
+
+class _Derivation:
+    def __init__(self, graph: DependencyGraph) -> None:
+        self._graph = graph
+        self._eval = _Graph(graph, analysed(graph.model, graph, train=False))
+        self._widths = BitWidths(self._eval.tensors, self._eval.names)
+        steps = {canonical_name(f"{path}.d"): m.name for path, m in graph.model.named_modules() if isinstance(m, Quantizer)}
+        self._quantizers = steps
+        self._number: dict[str, int] = {}
+        self._sizes: dict[tuple[int, Slopes], int] = {}
+        self._notes: dict[str, None] = {}
+
+    def run(self) -> CostModel:
+        one, example = self._eval, self._graph.example
+        inputs: list[Any] = flat_inputs(one.capture, example.args, example.kwargs)
+        given = {**{node: one.tensors[name] for node, name in one.names.items()}, **dict(zip(one.free, inputs, strict=True))}
+        found = graph_products(one.capture.graph, given, self._widths, one.capture.module_path)
+        counted = [(node, product) for node, product in found if product.macs and node in one.live]
+        products = tuple(self._product(node, product) for node, product in counted)
+        tensors = (*self._stored(), *self._only_trained())
+        families = self._graph.prunable_families
+        slope = np.zeros((len(self._sizes), len(families)), dtype=np.int64)
+        for row, (_, slopes) in enumerate(self._sizes):
+            for family, entries in slopes:
+                slope[row, family] = entries
+        base = np.array([size for size, _ in self._sizes], dtype=np.int64)
+        return CostModel(
+            families=tuple(family.name for family in families),
+            family_sizes=tuple(family.size for family in families),
+            quantizers=tuple(self._number),
+            base=base,
+            slope=slope,
+            products=products,
+            tensors=tensors,
+            dense=self._dense(sum(product.macs for _, product in counted), base, tensors),
+            notes=tuple(self._notes),
+        )
+
+    def _size(self, graph: _Graph, node: fx.Node, dim: int, size: int) -> int:
+        """The number of one size among the distinct sizes."""
+        slopes, exact = graph.shrinkage.slopes(node, dim)
+        if not exact:
+            self._notes[f"dimension {dim} of {node.target} at {graph.where(node)} is bounded from above"] = None
+        return self._sizes.setdefault((size, slopes), len(self._sizes))
+
+    def _product(self, node: fx.Node, product: Product) -> ProductTerm:
+        left, right = self._width(product.left), self._width(product.right)
+        if product.sizes is None:
+            self._notes[f"{product.op} at {self._eval.where(node)} counts as uncut: it has no formula for its products"] = None
+            return ProductTerm(product.macs, (), left, right)
+        sizes = [size for size in product.sizes if size.size > 1]
+        return ProductTerm(1, tuple(self._size(self._eval, *size) for size in sizes), left, right)
+
+    def _width(self, node: fx.Node | None) -> Width:
+        fixed, quantizers = 0.0, []
+        for source in self._widths.sources(node):
+            number = None if source is None else self._quantizer(source)
+            if number is not None:
+                quantizers.append(number)
+            else:
+                fixed = max(fixed, UNQUANTIZED if source is None else self._widths.of(source))
+        return Width(fixed, tuple(quantizers))
+
+    def _quantizer(self, node: fx.Node) -> int | None:
+        """The number of the quantizer that a `fake_quantize` belongs to; None for what is not one of the model's quantizers."""
+        step = bind_arguments(node, lambda arg: arg).get("d") if str(node.target) == _FAKE_QUANTIZE else None
+        name = self._quantizers.get(self._eval.names[step]) if step in self._eval.names else None
+        return None if name is None else self._number.setdefault(name, len(self._number))
+
+    def _stored(self) -> Iterator[TensorTerm]:
+        """What the evaluation graph of the compact model reads; the rules are those of `geta.cost`."""
+        one = self._eval
+        for name, (node, step) in one.coded.items():
+            yield self._tensor(one, one.first[name], parameter=True, width=self._width(node))
+            yield self._tensor(one, step, parameter=False)
+        widths: dict[str, list[Width]] = {}
+        quantizer: dict[str, bool] = {}  # tensor of a quantizer -> whether the compact model counts it
+        for node, x, _ in _quantized(one.live):
+            if x in one.names:
+                continue
+            stored = self._widths.stored(x)
+            if stored is not None:
+                widths.setdefault(stored, []).append(self._width(node))
+            for position, argument in enumerate(node.args[1:4]):
+                for name in self._widths.read_by(argument) if isinstance(argument, fx.Node) else ():
+                    quantizer[name] = quantizer.get(name, False) or stored is None or position == 0
+        for name in one.read:
+            if not quantizer.get(name, True):
+                continue
+            width = _widest(widths[name]) if name in widths else None
+            parameter = (isinstance(one.tensors[name], nn.Parameter) or width is not None) and name not in quantizer
+            yield self._tensor(one, one.first[name], parameter=parameter, width=width)
+
+    def _only_trained(self) -> Iterator[TensorTerm]:
+        """Tensors that only the training graph of the compact model reads: counters, auxiliary heads."""
+        try:
+            trained = _Graph(self._graph, analysed(self._graph.model, self._graph, train=True))
+        except BadModelError:
+            return  # `compact` makes no training graph either, and says so
+        for name in trained.read:
+            if name not in self._eval.read:
+                parameter = isinstance(trained.tensors[name], nn.Parameter) and name not in self._steps(trained)
+                yield self._tensor(trained, trained.first[name], parameter=parameter)
+        for name, (_, step) in trained.coded.items():
+            if name not in self._eval.coded:
+                self._notes[f"the codes of '{name}', which only training reads, count 4 bytes each"] = None
+                yield self._tensor(trained, trained.first[name], parameter=False, width=Width(UNQUANTIZED))
+                yield self._tensor(trained, step, parameter=False)
+
+    @staticmethod
+    def _steps(graph: _Graph) -> set[str]:
+        """Tensors of the quantizers of codes: buffers in a compact model."""
+        return {graph.names[step] for _, step in graph.coded.values()}
+
+    def _tensor(self, graph: _Graph, node: fx.Node, *, parameter: bool, width: Width | None = None) -> TensorTerm:
+        tensor = graph.tensors[graph.names[node]]
+        sizes = tuple(self._size(graph, node, dim, size) for dim, size in enumerate(tensor.shape) if size != 1)
+        return TensorTerm(sizes, parameter, width or Width(8.0 * tensor.element_size()))
+
+    def _dense(self, macs: int, base: np.ndarray, tensors: Sequence[TensorTerm]) -> dict[str, float]:
+        """As `CompactInfo.dense_cost` has it: lifted constants and quantizers are not the float network's own."""
+        params = sum(math.prod(int(base[u]) for u in term.sizes) for term in tensors if term.parameter)
+        mine = self._quantizer_tensors()
+        own = [t for name, t in self._eval.tensors.items() if name not in mine and name not in self._eval.capture.constants]
+        stored = sum(tensor.numel() * tensor.element_size() for tensor in own)
+        return {"macs": macs, "bops": macs * UNQUANTIZED * UNQUANTIZED, "params": params, "bytes": stored}
+
+    def _quantizer_tensors(self) -> set[str]:
+        found = set()
+        for path, module in self._graph.model.named_modules():
+            if isinstance(module, Quantizer | FixedQuantizer):
+                tensors: Mapping[str, Tensor] = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+                found |= {canonical_name(f"{path}.{leaf}") for leaf in tensors}
+        return found
+
+
+def _live(graph: fx.Graph) -> dict[fx.Node, None]:
+    """The operators that stay when dead code is removed, in graph order."""
+    live: dict[fx.Node, None] = {}
+    for node in reversed(graph.nodes):
+        if node.op == "output" or (node.op == "call_function" and (node.is_impure() or any(user in live for user in node.users))):
+            live[node] = None
+    return dict(reversed(live.items()))
+
+
+def _quantized(nodes: Mapping[fx.Node, None]) -> Iterator[tuple[fx.Node, fx.Node, fx.Node]]:
+    """(node, what it quantizes, its step size) of every fake quantizer."""
+    for node in nodes:
+        step = _STEPS.get(str(node.target))
+        if step is not None:
+            bound = bind_arguments(node, lambda arg: arg)
+            yield node, bound["x"], bound[step]
+
+
+def _widest(widths: Sequence[Width]) -> Width:
+    return Width(max(width.fixed for width in widths), tuple(dict.fromkeys(q for width in widths for q in width.quantizers)))

@@ -1,0 +1,230 @@
+"""Targets in costs: the user says what the compact model may cost, and groups and bits are chosen so that it does.
+
+Legend: `F` families, `L` quantizers of the bank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from geta.cost.derive import cost_model
+from geta.cost.model import KINDS
+from geta.cost.record import Cost
+from geta.errors import ConfigError, GetaError
+from geta.graph.dependency import DependencyGraph
+from geta.graph.names import find_tensor
+from geta.optim.groups import Graph, GroupIndex
+from geta.optim.plan import Coordinate, smallest_costs, solve
+from geta.optim.selection import Selector
+from geta.quant import Bits, Quantizer
+
+_UNITS = {"macs": "MACs", "bops": "BOPs", "params": "parameters", "bytes": "bytes"}
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What the compact model may cost at most, as `geta.cost` counts it; every limit that is given holds.
+
+    bops, macs, params, bytes: a float in (0, 1] is a share of the dense network's cost on the same inputs (32 bits on both sides of
+        every product, tensors in their own dtype); an int above 1 is an absolute number (bytes: of parameters, buffers and scales).
+    bit_weight: how much the error of quantization counts against the importance of groups, see `BudgetTarget`; 0 = only groups count.
+
+    Raises ConfigError for anything else, and when no limit is given.
+    """
+
+    bops: float | int | None = None
+    macs: float | int | None = None
+    params: float | int | None = None
+    bytes: float | int | None = None
+    bit_weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        given = {kind: getattr(self, kind) for kind in KINDS if getattr(self, kind) is not None}
+        if not given:
+            raise ConfigError("Budget() limits nothing: give at least one of bops, macs, params and bytes, e.g. Budget(bops=0.03)")
+        for kind, value in given.items():
+            share = type(value) is float and 0.0 < value <= 1.0
+            if not share and not (type(value) is int and value > 1):
+                raise ConfigError(
+                    f"Budget({kind}={value!r}): give a float above 0 and up to 1, a share of the dense network's {_UNITS[kind]}, "
+                    "or an int above 1, an absolute number"
+                )
+        weight = self.bit_weight
+        if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0.0 <= weight < float("inf"):
+            raise ConfigError(f"Budget(bit_weight={weight!r}): it must be finite and not negative")
+
+    def limits(self, dense: Mapping[str, float]) -> dict[str, float]:
+        """Absolute limits, given the costs of the dense network by kind."""
+        given = {kind: getattr(self, kind) for kind in KINDS if getattr(self, kind) is not None}
+        return {kind: value * dense[kind] if isinstance(value, float) else float(value) for kind, value in given.items()}
+
+    def to_dict(self) -> dict[str, float | None]:
+        """Plain data, for checkpoints."""
+        return {**{kind: getattr(self, kind) for kind in KINDS}, "bit_weight": float(self.bit_weight)}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How many groups each family loses [F] and how many bits each quantizer has [L] in the end."""
+
+    removed: tuple[int, ...]
+    bits: tuple[int, ...]
+
+
+class BudgetTarget:
+    """A budget on its way to being met in one run. Plans once, from the scores of the first marking:
+
+        min  sum of scores of removed groups / sum of all scores  +  bit_weight * mean over quantizers of noise(b)
+        s.t. costs of the compact model <= limits;  counts aligned, no family emptied;  b in [b_l, b_u]
+
+        noise(b) = q_m^(2t) / (12 levels(b)^2 E[x^2])      error of rounding relative to what is rounded; levels = q_m^t / d(b)
+
+    of an activation, which is not at hand, E[x^2] counts as (q_m^t / 3)^2. Within a family the lowest scores are removed.
+
+    budget, graph: as given to the optimizer. index, selector: its groups. quantizers: of the bank, with their final bounds `bits`.
+
+    Raises ConfigError when even the smallest network that these settings allow is above a limit.
+    """
+
+    def __init__(
+        self, budget: Budget, graph: Graph, index: GroupIndex, selector: Selector, *, quantizers: Sequence[Quantizer], bits: Sequence[Bits]
+    ) -> None:
+        if not isinstance(graph, DependencyGraph):
+            raise ConfigError(f"target=Budget(...) needs the graph that geta.analyze returns, not a {type(graph).__name__}")
+        self.budget = budget
+        self.model = cost_model(graph)
+        self.limits = budget.limits(self.model.dense)
+        self.plan: Plan | None = None
+        self._network = graph.model
+        self._index, self._options, self._quantizers, self._bits = index, selector.options, list(quantizers), list(bits)
+        numbers = {name: number for number, name in enumerate(self.model.families)}
+        self._family = [numbers[family.name] for family in index.families]
+        self._place = {name: number for number, name in enumerate(self.model.quantizers)}
+        self._check_feasible(selector.multiple_of)
+
+    def make(self, scores_G: np.ndarray) -> Plan:
+        """Plan from the scores of all groups and the weights as they are now."""
+        noise = [self._noise(place) for place in range(len(self._quantizers))]
+        coordinates = self._coordinates(scores_G, noise)
+        chosen = solve(self.model, coordinates, self.limits)
+        removed, bits = [0] * len(self._family), [bounds.upper for bounds in self._bits]
+        positions = iter(chosen)
+        for family, options in enumerate(self._options):
+            removed[family] = int(options[next(positions)])
+        for place in self._modelled():
+            bits[place] = self._bits[place].upper - next(positions)
+        plan = Plan(tuple(removed), tuple(bits))
+        reached = self.costs(plan.removed, plan.bits)
+        assert all(reached[kind] <= limit for kind, limit in self.limits.items()), (reached, self.limits)
+        return plan
+
+    def costs(self, removed: Sequence[int] | np.ndarray, bits: Sequence[float]) -> dict[str, float]:
+        """Costs of the compact model for counts [F] of the index's families and bits [L] of the bank."""
+        counts, widths = np.zeros(len(self.model.families), dtype=np.int64), np.zeros(len(self.model.quantizers))
+        counts[self._family] = removed
+        for place in self._modelled():
+            widths[self._place[self._quantizers[place].name]] = bits[place]
+        return self.model.evaluate(counts, widths)
+
+    def check(self, reached: Mapping[str, float]) -> None:
+        """Raise GetaError with the numbers when a cost is above its limit."""
+        over = [self._words(kind, reached[kind]) for kind, limit in self.limits.items() if not reached[kind] <= limit]
+        if over:
+            raise GetaError(f"the budget is missed: {'; '.join(over)}: were parameters or quantizers changed outside the optimizer?")
+
+    def lines(self, reached: Mapping[str, float] | None) -> list[str]:
+        """Budget and what was reached, in words, one line per limit."""
+        lines = [f"budget of {self._words(kind, None if reached is None else reached[kind])}" for kind in self.limits]
+        return [*lines, *(f"budget: {note}" for note in self.model.notes)]
+
+    def narrowed(self, uppers: Sequence[float], share: float) -> list[float]:
+        """Upper bounds [L] on their way from `uppers` to the plan, of which they have gone `share`."""
+        assert self.plan is not None
+        return [bits + (upper - bits) * (1.0 - share) for upper, bits in zip(uppers, self.plan.bits, strict=True)]
+
+    def state(self) -> dict[str, Tensor]:
+        """The plan for a checkpoint; empty tensors when there is none yet."""
+        removed, bits = ((), ()) if self.plan is None else (self.plan.removed, self.plan.bits)
+        return {"removed": torch.tensor(removed, dtype=torch.int64), "bits": torch.tensor(bits, dtype=torch.int64)}
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Restore what `state` returned."""
+        removed, bits = (tuple(state[key].tolist()) for key in ("removed", "bits"))
+        self.plan = Plan(removed, bits) if removed or bits else None
+
+    def _modelled(self) -> list[int]:
+        """Quantizers of the bank that the network uses."""
+        return [place for place, quantizer in enumerate(self._quantizers) if quantizer.name in self._place]
+
+    def _coordinates(self, scores_G: np.ndarray, noise: Sequence[np.ndarray]) -> list[Coordinate]:
+        scores = scores_G - min(0.0, float(scores_G.min(initial=0.0)))
+        total = float(scores.sum())
+        scores = scores / total if total > 0 else np.full_like(scores, 1.0 / max(len(scores), 1))
+        coordinates = []
+        for family, (number, options) in enumerate(zip(self._family, self._options, strict=True)):
+            mine = np.sort(scores[self._index.starts[family] : self._index.starts[family + 1]])
+            losses = np.concatenate([[0.0], np.cumsum(mine)])[options]
+            coordinates.append(Coordinate(number, False, np.array(options, dtype=np.int64), losses))
+        used = self._modelled()
+        for place in used:
+            bits = np.arange(self._bits[place].upper, self._bits[place].lower - 1, -1)
+            losses = self.budget.bit_weight * (noise[place] - noise[place].min()) / len(used)
+            coordinates.append(Coordinate(self._place[self._quantizers[place].name], True, bits, losses))
+        return coordinates
+
+    @torch.no_grad()
+    def _noise(self, place: int) -> np.ndarray:
+        quantizer, bounds = self._quantizers[place], self._bits[place]
+        bits = np.arange(bounds.upper, bounds.lower - 1, -1, dtype=np.float64)
+        levels = np.exp2(bits - quantizer.signed) - 1.0
+        top_sq = float(quantizer.q_m.double().pow(2.0 * quantizer.t.double()).mean())
+        power = top_sq / 9.0
+        if quantizer.kind == "weight":
+            power = float(quantizer(find_tensor(self._network, quantizer.name)).double().square().mean())
+        return top_sq / (12.0 * levels**2 * power) if power > 0 else np.zeros_like(levels)
+
+    def _check_feasible(self, multiple_of: int) -> None:
+        groups = np.zeros(self._index.num_groups)
+        flat = [np.zeros(bounds.upper - bounds.lower + 1) for bounds in self._bits]
+        smallest = smallest_costs(self.model, self._coordinates(groups, flat))
+        missed = [kind for kind, limit in self.limits.items() if not smallest[kind] <= limit]
+        if not missed:
+            return
+        words = "; ".join(
+            f"{kind}: at most {self.limits[kind]:,.0f} {_UNITS[kind]} are allowed, but the smallest reachable is {smallest[kind]:,.0f} "
+            f"({smallest[kind] / self.model.dense[kind]:.3g} of the dense network)"
+            for kind in missed
+        )
+        causes = ["raise the budget", "let more families be pruned (graph.families says why some can't be)"]
+        if multiple_of > 1:
+            causes.append(f"use a smaller multiple_of than {multiple_of}")
+        lowest = f"lower the smallest bit width (now {min(b.lower for b in self._bits)})" if self._bits else "quantize the model"
+        causes.append(f"{lowest} or quantize more tensors" if self._bits else f"{lowest} (geta.quantize) and use QASSO")
+        raise ConfigError(f"the budget can't be met. {words}. What helps: {', '.join(causes)}")
+
+    def _words(self, kind: str, reached: float | None) -> str:
+        dense, limit = self.model.dense[kind], self.limits[kind]
+        planned = "nothing planned yet" if reached is None else f"reached {reached:,.0f} ({100 * reached / dense:.4g} %)"
+        return f"{_UNITS[kind]}: at most {limit:,.0f} ({100 * limit / dense:.4g} % of dense), {planned}"
+
+
+def costs_by_kind(cost: Cost) -> dict[str, float]:
+    """A counted cost by the kinds of `Budget`."""
+    return {"macs": cost.macs, "bops": cost.bops, "params": cost.params, "bytes": cost.weight_bytes}
+
+
+def sparsity_or_budget(sparsity: float | None, target: Budget | None) -> float:
+    """The share of groups to remove, 0.5 if nothing is said and 0 with a budget; ConfigError when both are given."""
+    if target is None:
+        return 0.5 if sparsity is None else sparsity
+    if not isinstance(target, Budget):
+        raise ConfigError(f"target is {target!r}: give a geta.Budget(...), or sparsity= for a share of the groups")
+    if sparsity is not None:
+        raise ConfigError(f"both sparsity = {sparsity} and target = {target} are given: the budget decides how many groups go; drop one")
+    return 0.0
