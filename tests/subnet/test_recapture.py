@@ -30,24 +30,24 @@ class Net(nn.Module):
 
 
 def _count_captures(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
-    from geta.subnet import removal
+    from geta.graph import dependency
 
     seen: list[bool] = []
-    original = removal.capture
+    original = dependency.capture
 
     def counted(*args: object, train: bool = False, **kwargs: object) -> object:
         seen.append(train)
         return original(*args, train=train, **kwargs)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(removal, "capture", counted)
+    monkeypatch.setattr(dependency, "capture", counted)
     return seen
 
 
 def test_one_capture_per_mode(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     model, x = Net(), torch.randn(9, 4)
-    seen = _count_captures(monkeypatch)
     graph = geta.analyze(model, (x,))
+    seen = _count_captures(monkeypatch)
     first = geta.compact(model, graph, graph.random_selection(0.5, seed=0))
     assert seen == [True]
     with torch.no_grad():

@@ -15,8 +15,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from geta.quant import native, ops
+from geta.quant import native
 from geta.quant.native_reuse import Settings, is_worth_keeping
+from geta.quant.surrogate import Surrogate
 
 
 class Plan(NamedTuple):
@@ -34,17 +35,39 @@ class Plan(NamedTuple):
     settings: Settings
 
 
-Key = tuple[Any, ...]
+class Planner:
+    """The plan of one quantizer for the kind of tensor that it saw last. Copies and pickles start empty."""
+
+    __slots__ = ("_key", "_plan")
+
+    def __init__(self) -> None:
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget the plan."""
+        self._key: tuple[Any, ...] | None = None
+        self._plan: Plan | None = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Planner:
+        return Planner()
+
+    def __reduce__(self) -> tuple[type[Planner], tuple[()]]:
+        return Planner, ()
+
+    def plan(self, x: Tensor, d: Tensor, q_m: Tensor, surrogate: Surrogate, *, signed: bool, keeps: bool) -> Plan | None:
+        """The plan for these plain tensors and the linear quantizer, or None. keeps: whether values are kept between uses."""
+        if x.is_neg():
+            return None
+        kind = (x.shape, x.stride(), x.dtype, x.device, surrogate, signed, keeps)
+        key = (*kind, d.shape, d.stride(), d.dtype, d.device, q_m.shape, q_m.stride(), q_m.dtype, q_m.device)
+        if key != self._key:
+            settings = Settings(signed, True, surrogate.coefficients, surrogate.kind)
+            self._key, self._plan = key, _make(x, d, q_m, settings, keeps=keeps)
+        return self._plan
 
 
-def key_of(x: Tensor, d: Tensor, q_m: Tensor, settings: Settings) -> Key:
-    """Everything that a plan depends on and that may change between two calls."""
-    return (x.shape, x.stride(), x.dtype, x.device, d.shape, d.dtype, d.device, q_m.shape, q_m.dtype, settings)
-
-
-def make(x: Tensor, d: Tensor, q_m: Tensor, settings: Settings, *, keeps: bool) -> Plan | None:
-    """The plan for such tensors, or None. keeps: whether values are kept between uses, which has another way."""
-    if not settings.linear or (any(settings.coefficients) and settings.kind != "fourier"):
+def _make(x: Tensor, d: Tensor, q_m: Tensor, settings: Settings, *, keeps: bool) -> Plan | None:
+    if any(settings.coefficients) and settings.kind != "fourier":
         return None
     if keeps and is_worth_keeping(x, linear=True):
         return None
@@ -77,9 +100,7 @@ def quantize(plan: Plan, x: Tensor, d: Tensor, q_m: Tensor) -> Tensor:
 
 def _values(plan: Plan, x: Tensor, d: Tensor, q_m: Tensor) -> Tensor:
     out = torch.empty_like(x)
-    plan.forward(
-        x.data_ptr(), d.data_ptr(), q_m.data_ptr(), out.data_ptr(), *plan.layout, plan.settings.signed, native._threads(x)
-    )
+    plan.forward(x.data_ptr(), d.data_ptr(), q_m.data_ptr(), out.data_ptr(), *plan.layout, plan.settings.signed, native._threads(x))
     return out
 
 

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from geta.errors import CheckpointError
-from geta.quant import native_reuse, ops
+from geta.quant import native_plan, native_reuse, ops
+from geta.quant.native import is_eager
 from geta.quant.bits import Bits
 from geta.quant.surrogate import STE, Surrogate
 
@@ -62,6 +63,7 @@ class Quantizer(nn.Module):
         self.enabled = True
         self._kept = native_reuse.KeptValues()
         self._keep_values = kind == "weight"
+        self._planner = native_plan.Planner()
         self.register_buffer("strength", None, persistent=False)
         q_m = q_m.detach().to(torch.promote_types(q_m.dtype, torch.float32)).clamp(*ops.Q_M_DOMAIN)
         t = torch.ones_like(q_m)
@@ -73,6 +75,11 @@ class Quantizer(nn.Module):
         """Return the fake-quantized x, in x's dtype; x itself when not `enabled`."""
         if not self.enabled:
             return x
+        d, q_m = self._parameters.get("d"), self._parameters.get("q_m")
+        if self.linear and d is not None and q_m is not None and self.strength is None and is_eager(x, d, q_m):
+            plan = self._planner.plan(x, d, q_m, self.surrogate, signed=self.signed, keeps=self._keep_values)
+            if plan is not None:
+                return native_plan.quantize(plan, x, d, q_m)
         tensors = (x, self.d, self.q_m, self.t)
         if native_reuse.is_plain(*tensors):
             settings = native_reuse.Settings(self.signed, self.linear, self.surrogate.coefficients, self.surrogate.kind)
@@ -139,6 +146,7 @@ class Quantizer(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         self._kept.clear()
+        self._planner.clear()
         return super()._apply(lambda tensor: keep_precision(tensor, fn(tensor)), recurse)  # type: ignore[no-untyped-call]
 
 
