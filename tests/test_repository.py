@@ -109,7 +109,7 @@ def code_blocks(document: str) -> list[str]:
     return re.findall(r"^```python\n(.*?)^```", (ROOT / document).read_text(), flags=re.MULTILINE | re.DOTALL)
 
 
-@pytest.mark.parametrize("document", ["README.md", "docs/custom-ops.md", "docs/how-it-works.md"])
+@pytest.mark.parametrize("document", ["README.md", "docs/custom-ops.md", "docs/how-it-works.md", "docs/optimizers.md"])
 def test_code_in_the_documentation_runs(document, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     blocks = code_blocks(document)
