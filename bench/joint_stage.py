@@ -65,14 +65,15 @@ class Setting:
     seed: int
     epochs: int = 40
     sparsity: float = 0.5
-    learning_rate: float = 0.1
+    learning_rate: float = 0.02
     quant_lr: float = 1e-4
+    warmup: float = 0.1
 
     @property
     def name(self) -> str:
         quantized = "w" if self.activations is None else f"wa{self.activations}"
         kind = "dense" if self.forgetting is None else f"{quantized}-{self.forgetting}"
-        return f"{self.network}-{kind}-{self.epochs}-{self.seed}"
+        return f"{self.network}-{kind}-{self.epochs}-{self.learning_rate:g}-{self.warmup:g}-{self.seed}"
 
 
 def run(setting: Setting) -> dict[str, Any]:
@@ -94,7 +95,7 @@ def run(setting: Setting) -> dict[str, Any]:
             base,
             graph,
             sparsity=setting.sparsity,
-            schedule=geta.Schedule(steps),
+            schedule=geta.Schedule(steps, warmup=setting.warmup),
             saliency={"taylor_first": 1.0, "average_magnitude": 0.2},
             quant_lr=setting.quant_lr,
             forgetting=setting.forgetting,

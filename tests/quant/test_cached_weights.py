@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 import geta
-from geta.quant import Bits, Fourier, Quantizer, native_reuse, ops
+from geta.quant import Bits, Fourier, Quantizer, native_plan, native_reuse, ops
 
 QUANTIZERS = [pytest.param(True, id="linear"), pytest.param(False, id="nonlinear")]
 
@@ -34,6 +34,13 @@ def computations(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         return compute(*arguments)
 
     monkeypatch.setattr(ops, "fake_quantize_values", counting)
+    planned = native_plan._values
+
+    def counting_planned(*arguments: object) -> Tensor:
+        counter[0] += 1
+        return planned(*arguments)
+
+    monkeypatch.setattr(native_plan, "_values", counting_planned)
     return counter
 
 

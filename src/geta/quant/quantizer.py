@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from geta.errors import CheckpointError
 from geta.quant import native_plan, native_reuse, ops
-from geta.quant.native import is_eager
 from geta.quant.bits import Bits
+from geta.quant.native import is_eager
 from geta.quant.surrogate import STE, Surrogate
 
 Kind = Literal["weight", "activation"]
