@@ -59,7 +59,7 @@ format: .venv/.stamp-dev  ## rewrite the code in the project's format
 	$(BIN)/ruff check --fix .
 
 bench: .venv/.stamp-core  ## time one training step, plain optimizer and QASSO in each stage, side by side
-	$(BIN)/python bench/step_overhead.py
+	$(BIN)/python -m bench.step_overhead
 
 bench-peers: .venv-zoo/.stamp  ## geta and torch-pruning on torchvision's classifiers, an hour; resumable (PEERS_ARGS="--only '*resnet*'")
 	.venv-zoo/bin/python -m bench.versus_torch_pruning $(PEERS_ARGS)

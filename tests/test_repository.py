@@ -14,7 +14,7 @@ import geta
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCE = ROOT / "src" / "geta"
-ORDER = ("errors", "seeding", "graph", "quant", "cost", "optim", "subnet", "export", "report", "integrations", "cli")
+ORDER = ("errors", "seeding", "ranks", "graph", "quant", "cost", "optim", "subnet", "export", "report", "integrations", "cli")
 LONGEST_FILE = 500
 
 # A method of a lower part may reach up inside its body, so that `small.save(...)` reads well; each one is named here.
@@ -109,7 +109,9 @@ def code_blocks(document: str) -> list[str]:
     return re.findall(r"^```python\n(.*?)^```", (ROOT / document).read_text(), flags=re.MULTILINE | re.DOTALL)
 
 
-@pytest.mark.parametrize("document", ["README.md", "docs/custom-ops.md", "docs/how-it-works.md", "docs/optimizers.md"])
+@pytest.mark.parametrize(
+    "document", ["README.md", "docs/custom-ops.md", "docs/distributed.md", "docs/how-it-works.md", "docs/optimizers.md"]
+)
 def test_code_in_the_documentation_runs(document, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     blocks = code_blocks(document)

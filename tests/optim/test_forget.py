@@ -14,7 +14,7 @@ from torch import nn
 from geta.errors import ConfigError
 from geta.graph.families import Family, Member
 from geta.optim import QASSO, Schedule
-from geta.optim.forget import path_rate
+from geta.optim.forget import path_rate, step_share
 from geta.quant import quantize, quantizers
 
 LOWER, UPPER = 4, 8
@@ -148,7 +148,8 @@ def test_one_joint_step_equals_the_specification(forgetting, seed, scale, nonlin
             for (part, rows, shape), (elements, q), c, r in zip(places, layers, shaped, rest, strict=True):
                 d = next(steps) if q else 0.0
                 if q:
-                    assert quantizers(model)[part.param].d.item() == pytest.approx(d, rel=1e-3)
+                    start, share = steps_before[part.param], 1.0 if forgetting == "descent" else 1.0 / (6 - k)
+                    assert quantizers(model)[part.param].d.item() == pytest.approx(start * (d / start) ** share, rel=1e-3)
                 expected = [x + delta - gamma * (cc + d * rr) for (x, delta), cc, rr in zip(elements, c, r, strict=True)]
                 got = parameters[part.param].detach().index_select(part.dim, rows)
                 torch.testing.assert_close(got, torch.tensor(expected).view(shape), rtol=1e-3, atol=1e-5)
@@ -194,6 +195,15 @@ def test_paths_reach_zero_smoothly_and_on_time(rule, length):
     assert norms[-1] == 0.0
     expected = [1 - j / length if rule == "uniform" else (1 + math.cos(math.pi * j / length)) / 2 for j in range(length)]
     assert norms[:-1] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("length", [1, 5])
+def test_the_step_size_is_where_its_rule_says_in_the_last_step(length):
+    bits = [8.0]
+    for k in range(length):
+        bits.append(bits[-1] + step_share("blend", k, length) * (4.0 - bits[-1]))
+        assert step_share("descent", k, length) == 1.0
+    assert bits == pytest.approx([8.0 - 4.0 * k / length for k in range(length + 1)])
 
 
 @pytest.mark.parametrize("forgetting", ["uniform", "cosine", "blend"])

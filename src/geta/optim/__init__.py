@@ -12,6 +12,7 @@ from geta.optim.qasso import QASSO
 from geta.optim.saliency import CRITERIA, GroupStatistics, Saliency, register_criterion
 from geta.optim.schedule import Schedule, Stage
 from geta.optim.selection import Selector
+from geta.optim.setup import quantizer_parameters
 
 __all__ = [
     "CRITERIA",
@@ -28,6 +29,7 @@ __all__ = [
     "Schedule",
     "Selector",
     "Stage",
+    "quantizer_parameters",
     "register_criterion",
     "register_observer",
 ]

@@ -18,11 +18,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from geta import ranks
 from geta.errors import CheckpointError, ConfigError
 from geta.graph.families import Family
 from geta.graph.names import find_tensor, unwrap
 from geta.optim.groups import Graph, GroupIndex
 from geta.optim.observe import UNSEEN, register_observer
+from geta.optim.shards import whole
 
 _Layer = nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -33,6 +35,7 @@ class _Site:
     """A layer that reads groups: its stored weight, (dimension, group of each of its rows), and what its input was so far.
 
     squares: sum of squares per input [I]. entries: how many numbers per input went into it. calls: forward passes seen.
+    fresh:   the same three [I + 2] on this rank since the last step, in float64; None where every forward pass is counted at once.
     """
 
     path: str
@@ -42,6 +45,7 @@ class _Site:
     squares: Tensor
     entries: int = 0
     calls: int = 0
+    fresh: Tensor | None = None
 
     @property
     def channel_dim(self) -> int:
@@ -51,7 +55,7 @@ class _Site:
     def weighted(self) -> Tensor:
         """|w| a, of the weight's shape."""
         rms = (self.squares / max(self.entries, 1)).sqrt()
-        weight = self.weight.detach().to(rms.dtype).abs()
+        weight = whole(self.weight).detach().to(rms.dtype).abs()
         trailing = [1] * (weight.dim() - 2)
         if isinstance(self.module, nn.Linear):
             return weight * rms
@@ -67,9 +71,18 @@ class _Site:
         x = args[0] if args else kwargs["input"]
         with torch.no_grad():
             values = x.detach().to(self.squares.dtype).movedim(self.channel_dim, 0).flatten(1)
-            self.squares = self.squares + values.square().sum(dim=1)
-        self.entries += values.shape[1]
-        self.calls += 1
+            squares = values.square().sum(dim=1)
+            if ranks.count() > 1:
+                fresh = torch.cat([squares.double(), squares.new_tensor([values.shape[1], 1], dtype=torch.float64)])
+                self.fresh = fresh if self.fresh is None else self.fresh + fresh
+                return
+        self.add(squares, values.shape[1], 1)
+
+    def add(self, squares: Tensor, entries: int, calls: int) -> None:
+        """Count these inputs in."""
+        self.squares = self.squares + squares.to(self.squares)
+        self.entries += entries
+        self.calls += calls
 
 
 @register_observer("activation")
@@ -96,7 +109,7 @@ class ActivationObserver:
     def start(self) -> None:
         """Forget all inputs; attach the hooks if they aren't."""
         for site in self._sites:
-            site.squares, site.entries, site.calls = torch.zeros_like(site.squares), 0, 0
+            site.squares, site.entries, site.calls, site.fresh = torch.zeros_like(site.squares), 0, 0, None
         if not self._hooks:
             self._hooks = [site.module.register_forward_pre_hook(site.see, with_kwargs=True) for site in self._sites]
 
@@ -107,7 +120,18 @@ class ActivationObserver:
         self._hooks = []
 
     def observe(self) -> None:
-        """Nothing: the hooks have seen the forward passes."""
+        """Add what all ranks' hooks have seen since the last step; on a single one it is counted already."""
+        if ranks.count() == 1 or not self._sites:
+            return
+        seen = [
+            site.squares.new_zeros(len(site.squares) + 2, dtype=torch.float64) if site.fresh is None else site.fresh for site in self._sites
+        ]
+        shared = ranks.total(torch.cat([part.to(self._index.device) for part in seen]))
+        parts = torch.split(shared, [len(part) for part in seen])
+        counts = torch.stack([part[-2:] for part in parts]).to(torch.int64).tolist()
+        for site, part, count in zip(self._sites, parts, counts, strict=True):
+            site.add(part[:-2], *count)
+            site.fresh = None
 
     def read(self) -> Tensor:
         """A [G], UNSEEN where a family can't be observed."""

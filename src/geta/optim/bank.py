@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from geta.graph.names import find_tensor
+from geta.optim.shards import largest_magnitude
+from geta.optim.stacked import Stacked
 from geta.quant.ops import Q_M_DOMAIN, T_DOMAIN, bit_width, step_size
 from geta.quant.quantizer import Quantizer
 
@@ -36,7 +38,8 @@ class QuantizerBank:
         self._d: list[Tensor] = [quantizer.d for quantizer in self.quantizers]
         self._q_m: list[Tensor] = [quantizer.q_m for quantizer in self.quantizers]
         self._t: list[Tensor] = [quantizer.t for quantizer in self.quantizers]
-        self._free_t: list[Tensor] = [quantizer.t for quantizer in self.quantizers if not quantizer.linear]
+        self._stacks = [Stacked(group) for group in (self._d, self._q_m, self._t)]
+        self._free_t = Stacked([quantizer.t for quantizer in self.quantizers if not quantizer.linear])
         self._numels = [parameter.numel() for parameter in self._d]
         self.device = self._d[0].device if self._d else torch.device("cpu")
         layers = torch.arange(len(self._d), device=self.device)
@@ -45,6 +48,8 @@ class QuantizerBank:
 
     def read_settings(self) -> None:
         """Read signedness and bounds from the quantizers again (loading a model's state may have changed the former)."""
+        self._levels: list[tuple[Tensor, Tensor]] = []
+        self._fixed_t = None if self._free_t.tensors or not self._t else self._stacks[2].read()
         self.signed_L = self._host_vector([quantizer.signed for quantizer in self.quantizers], torch.bool)
         self.signed_E = self.signed_L[self.layer_E]
         self.lower_L = self._host_vector([quantizer.bits.lower for quantizer in self.quantizers])
@@ -64,7 +69,8 @@ class QuantizerBank:
 
     def read(self) -> Steps:
         """The current parameters, copied."""
-        return Steps(*(torch.cat([p.detach().reshape(-1) for p in group]) for group in (self._d, self._q_m, self._t)))
+        d, q_m, t = self._stacks
+        return Steps(d.read(), q_m.read(), t.read() if self._fixed_t is None else self._fixed_t)
 
     def of(self, flat_E: Tensor, layer: int) -> Tensor:
         """One quantizer's part of a flat vector, in the parameter's own shape (broadcasts against what it quantizes)."""
@@ -73,11 +79,8 @@ class QuantizerBank:
 
     def guard_(self) -> None:
         """Clamp q_m and t into the domain in which values and gradients are finite."""
-        torch._foreach_clamp_min_(self._q_m, Q_M_DOMAIN[0])
-        torch._foreach_clamp_max_(self._q_m, Q_M_DOMAIN[1])
-        if self._free_t:
-            torch._foreach_clamp_min_(self._free_t, T_DOMAIN[0])
-            torch._foreach_clamp_max_(self._free_t, T_DOMAIN[1])
+        self._stacks[1].clamp_(*Q_M_DOMAIN)
+        self._free_t.clamp_(*T_DOMAIN)
 
     def tighten_(self, weights: Mapping[int, Tensor]) -> None:
         """Shrink each range to the largest magnitude it holds, at the same bit width: q_m <- min(q_m, max|x|), d alike.
@@ -88,24 +91,39 @@ class QuantizerBank:
             quantizer = self.quantizers[layer]
             q_m, d = quantizer.q_m, quantizer.d
             shared = [dim for dim in range(tensor.dim()) if q_m.dim() == 0 or q_m.shape[dim] == 1]
-            largest = tensor.detach().abs().amax(dim=shared, keepdim=True).reshape(q_m.shape).to(q_m.dtype)
+            largest = largest_magnitude(quantizer.name, tensor, shared).reshape(q_m.shape).to(q_m.dtype)
             smaller = torch.where(largest > 0, torch.minimum(q_m, largest), q_m).clamp_min(Q_M_DOMAIN[0])
             d.mul_((smaller / q_m).pow(quantizer.t))
             q_m.copy_(smaller)
 
     def step_size_of(self, bits_L: Tensor, now: Steps) -> Tensor:
         """d(b) for one bit width per quantizer: [L] -> [E]."""
-        return step_size(bits_L[self.layer_E], now.q_m, now.t, self.signed_E)
+        if self._fixed_t is None:
+            return step_size(bits_L[self.layer_E], now.q_m, now.t, self.signed_E)
+        return now.q_m.clamp(*Q_M_DOMAIN) / self._levels_of(bits_L)
+
+    def _levels_of(self, bits_L: Tensor) -> Tensor:
+        """q_m / d(b) of linear quantizers: [L] -> [E]; those of the last few tensors are kept."""
+        for bits, levels in self._levels:
+            if bits is bits_L:
+                return levels
+        dtype = self._d[0].dtype
+        levels = torch.exp2(bits_L[self.layer_E].to(dtype) - self.signed_E.to(dtype)) - 1.0
+        self._levels = [*self._levels[-3:], (bits_L, levels)]
+        return levels
 
     def project_(self, upper_L: Tensor, now: Steps) -> None:
         """PPSG's partial projection: only d, onto `[d(upper), d(b_l)]`; q_m and t stay (GETA, section 5)."""
+        self.write_d_(self.projected(upper_L, now))
+
+    def projected(self, upper_L: Tensor, now: Steps) -> Tensor:
+        """d on `[d(upper), d(b_l)]` [E]."""
         low, high = self.step_size_of(upper_L, now), self.step_size_of(self.lower_L, now)
-        self.write_d_(torch.minimum(torch.maximum(now.d, low), high))
+        return torch.minimum(torch.maximum(now.d, low), high)
 
     def write_d_(self, flat_E: Tensor) -> None:
         """Store step sizes."""
-        parts = [part.view_as(d) for part, d in zip(torch.split(flat_E, self._numels), self._d, strict=True)]
-        torch._foreach_copy_(self._d, parts)
+        self._stacks[0].write_(flat_E)
 
     def bit_widths(self) -> Tensor:
         """Bits of each quantizer now [L]; the mean over the channels of a per-channel one."""

@@ -6,7 +6,7 @@ Legend: `F` families, `L` quantizers of the bank.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from geta.cost.derive import cost_model
-from geta.cost.model import KINDS
+from geta.cost.model import KINDS, CostModel
 from geta.cost.record import Cost
 from geta.errors import ConfigError, GetaError
 from geta.graph.dependency import DependencyGraph
@@ -22,7 +22,8 @@ from geta.graph.names import find_tensor
 from geta.optim.groups import Graph, GroupIndex
 from geta.optim.plan import Coordinate, smallest_costs, solve
 from geta.optim.selection import Selector
-from geta.quant import Bits, Quantizer
+from geta.optim.shards import is_sharded, whole
+from geta.quant import Bits, Quantizer, quantizers
 
 _UNITS = {"macs": "MACs", "bops": "BOPs", "params": "parameters", "bytes": "bytes"}
 
@@ -43,6 +44,7 @@ class Budget:
     params: float | int | None = None
     bytes: float | int | None = None
     bit_weight: float = 1.0
+    _bound: CostModel | None = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         given = {kind: getattr(self, kind) for kind in KINDS if getattr(self, kind) is not None}
@@ -58,6 +60,29 @@ class Budget:
         weight = self.bit_weight
         if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0.0 <= weight < float("inf"):
             raise ConfigError(f"Budget(bit_weight={weight!r}): it must be finite and not negative")
+
+    def bind(self, graph: DependencyGraph) -> Budget:
+        """The same budget that knows the costs of this graph's model already, for models that `fully_shard` then takes apart.
+
+        Call it after `geta.quantize` and before `fully_shard`. Otherwise the optimizer derives the costs itself.
+        """
+        return replace(self, _bound=cost_model(graph))
+
+    def model_of(self, graph: DependencyGraph) -> CostModel:
+        """The costs of the graph's model. Raises ConfigError when they can't be derived any more, or are those of another model."""
+        if self._bound is not None:
+            other = sorted(set(self._bound.quantizers) - set(quantizers(graph.model)))
+            other += [family.name for family in graph.families if family.prunable and family.name not in self._bound.families]
+            if other:
+                raise ConfigError(f"the budget was bound to another model, which has '{other[0]}': bind it to this graph")
+            return self._bound
+        sharded = [name for name, parameter in graph.model.named_parameters() if is_sharded(parameter)]
+        if sharded:
+            raise ConfigError(
+                f"the model is sharded (first: '{sharded[0]}'), so that its costs can't be derived any more: use "
+                f"target=budget.bind(graph) with a budget that was bound before fully_shard"
+            )
+        return cost_model(graph)
 
     def limits(self, dense: Mapping[str, float]) -> dict[str, float]:
         """Absolute limits, given the costs of the dense network by kind."""
@@ -98,7 +123,7 @@ class BudgetTarget:
         if not isinstance(graph, DependencyGraph):
             raise ConfigError(f"target=Budget(...) needs the graph that geta.analyze returns, not a {type(graph).__name__}")
         self.budget = budget
-        self.model = cost_model(graph)
+        self.model = budget.model_of(graph)
         self.limits = budget.limits(self.model.dense)
         self.plan: Plan | None = None
         self._network = graph.model
@@ -186,7 +211,7 @@ class BudgetTarget:
         top_sq = float(quantizer.q_m.double().pow(2.0 * quantizer.t.double()).mean())
         power = top_sq / 9.0
         if quantizer.kind == "weight":
-            power = float(quantizer(find_tensor(self._network, quantizer.name)).double().square().mean())
+            power = float(quantizer(whole(find_tensor(self._network, quantizer.name))).double().square().mean())
         return top_sq / (12.0 * levels**2 * power) if power > 0 else np.zeros_like(levels)
 
     def _check_feasible(self, multiple_of: int) -> None:

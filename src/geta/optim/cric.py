@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from geta import ranks
 from geta.errors import ConfigError
 from geta.optim.bank import QuantizerBank
 from geta.optim.cycle import Cycle, CyclePlan, probe_terms, probes
@@ -105,18 +106,27 @@ class HESSOCRIC(StructuredOptimizer):
         )
         if self.schedule.joint_periods is not None:
             self.notes.append(f"schedule.joint_periods = {self.schedule.joint_periods} has no effect: the hybrid period is a single one")
-        self._lowest = Lowest(index, selector)
         self._k = 0
         self._origin: Rewind | None = None
         self._cycle: Cycle | None = None
         self._ended = ""
+        self._records = 0
+        self._first_scores = np.zeros(0)
+        self._terms_F = np.zeros(len(index.sizes))
+        self._rebound()
+
+    def _rebound(self) -> None:
+        index = self._index
+        if index.shards is not None:
+            raise ConfigError(
+                "HESSOCRIC goes back to a copy of the training state, which it can't keep of sharded parameters: use HESSO, or "
+                "DistributedDataParallel instead of fully_shard"
+            )
+        self._lowest = Lowest(index, self._pruner.selector)
         self._known_G = torch.zeros(index.num_groups, dtype=torch.bool, device=index.device)
         self._trial_G = torch.zeros_like(self._known_G)
         self._score_sum_G = torch.zeros(index.num_groups, dtype=index.dtype, device=index.device)
-        self._records = 0
         self._losses = torch.zeros(self._plan.probe_steps, dtype=index.dtype, device=index.device)
-        self._first_scores = np.zeros(0)
-        self._terms_F = np.zeros(len(index.sizes))
 
     @property
     def stage(self) -> Stage:
@@ -133,6 +143,9 @@ class HESSOCRIC(StructuredOptimizer):
         Raises ConfigError when both are given, or none with probe_weight > 0 before the probe is done; GetaError at the start of
         a cycle when parameters are no longer finite.
         """
+        self._follow_model()
+        if self._only_allocates(closure):
+            return self.base.step()
         self._check_loss(closure, loss)
         if self._step == self.schedule.joint_start == 0:
             self._enter_joint()
@@ -211,6 +224,7 @@ class HESSOCRIC(StructuredOptimizer):
             self._origin.restore_tensors_()
         seen = value if loss is None else loss
         self._losses[self._k] = seen.detach() if isinstance(seen, Tensor) else float(seen)
+        self._losses[self._k] = ranks.mean(self._losses[self._k])
         self._k += 1
         if self._k < self._plan.probe_steps:
             self._zero_lowest_()
@@ -257,6 +271,7 @@ class HESSOCRIC(StructuredOptimizer):
         self._trial_G = torch.zeros_like(self._known_G)
         self._pruner.redundant = cycle.violating
         self._pruner.refresh()
+        self._agree()
 
     def _end_cycle(self) -> None:
         """Restore the warm-up's end; go on with the trial set, or start the hybrid period. Waits for the device once."""
@@ -275,6 +290,7 @@ class HESSOCRIC(StructuredOptimizer):
         self._phase, self._k, self._origin = "hybrid", 0, None
         self._pruner.redundant = self._pruner.selector.mark(mean, np.zeros_like(following.violating), self.target_groups)
         self._pruner.refresh()
+        self._agree()
 
     def _drive(self) -> None:
         """After the base's step outside the experiments: keep zeros, and in the hybrid period make them."""

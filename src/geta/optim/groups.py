@@ -6,22 +6,29 @@ gives one number per group (`reduce_rows`, `GroupIndex.per_group`).
 
 Consumer members with `zero=False` are only cut away: they are not part of x_g and don't appear here.
 
+Where parameters are sharded over ranks (`geta.optim.shards`), rows and masks are those of the part that is here, and sums per group
+and per pair are added up over the ranks: a collective operation.
+
 Legend: `G` groups, `F` families, `R` rows of all parameters, `N` pairs (parameter, family).
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from geta import ranks
 from geta.errors import BadModelError
 from geta.graph.families import Family, Member
-from geta.graph.names import find_tensor
+from geta.graph.names import find_tensor, unwrap
+from geta.optim.shards import Part, common_group, is_first, local, part_of, reshard
+
+_NO_PAIR = int(np.iinfo(np.int64).max)
 
 
 class Graph(Protocol):
@@ -42,19 +49,34 @@ class Graph(Protocol):
 class GroupedTensor:
     """A tensor and the groups of its rows.
 
-    name:   canonical name. `tensor`: the stored tensor. `dims`: its zeroed dimensions, ascending.
-    groups: per entry of `dims` an int64 tensor [size of that dimension] of global group ids; G where no group owns the row.
+    name:    canonical name. `stored`: the tensor, as the model has it. `dims`: its zeroed dimensions, ascending.
+    groups:  per entry of `dims` an int64 tensor [size of that dimension here] of global group ids; G where no group owns the row.
+    part:    which part of it is on this rank, None = all.
+    counted: whether its elements count on this rank; False for what other ranks of a sharded model hold as well.
     """
 
     name: str
-    tensor: Tensor
+    stored: Tensor
     dims: tuple[int, ...]
     groups: tuple[Tensor, ...]
+    part: Part | None = None
+    counted: bool = True
+
+    @property
+    def tensor(self) -> Tensor:
+        """What of it is on this rank, sharing its memory."""
+        return local(self.stored)
 
     @property
     def trained(self) -> bool:
         """False for buffers; they are zeroed with their group but are not part of x_g."""
-        return isinstance(self.tensor, nn.Parameter)
+        return isinstance(self.stored, nn.Parameter)
+
+    def part_of(self, tensor: Tensor) -> Tensor:
+        """What of a tensor that broadcasts against the whole stored one goes with the part that is here."""
+        if self.part is None or tensor.dim() != self.stored.dim():
+            return tensor
+        return self.part.of(tensor)
 
     def along(self, position: int, rows: Tensor) -> Tensor:
         """View `rows`, one value per row of `dims[position]`, so that it broadcasts against the tensor."""
@@ -90,22 +112,32 @@ class GroupIndex:
         self.sizes = [family.size for family in self.families]
         self.starts = np.concatenate([[0], np.cumsum(self.sizes, dtype=np.int64)]).astype(np.int64)
         self.num_groups = int(self.starts[-1])
+        reshard(unwrap(graph.model))
         tensors = self._compile(graph.model, skip)
-        self.parameters = [entry for entry in tensors if entry.trained]
-        self.buffers = [entry for entry in tensors if not entry.trained]
+        self.shards = common_group(entry.part for entry, _ in tensors)
+        if self.shards is not None and not is_first(self.shards):
+            tensors = [(replace(entry, counted=entry.part is not None), whole) for entry, whole in tensors]
+        trained = [(entry, whole) for entry, whole in tensors if entry.trained]
+        self.parameters = [entry for entry, _ in trained]
+        self.buffers = [entry for entry, _ in tensors if not entry.trained]
         self.device = self.parameters[0].tensor.device if self.parameters else torch.device("cpu")
         self.dtype = _accumulator(entry.tensor for entry in self.parameters)
-        self._compile_rows()
+        self._compile_rows([whole for _, whole in trained])
 
     def per_group(self, rows_R: Tensor) -> Tensor:
         """Sum over the rows of each group: [R] -> [G]."""
         out = rows_R.new_zeros(self.num_groups + 1)
-        return out.index_add_(0, self.row_group_R, rows_R)[: self.num_groups]
+        out.index_add_(0, self.row_group_R, rows_R if self._counted_R is None else rows_R * self._counted_R)
+        return self.over_shards(out[: self.num_groups])
 
     def per_pair(self, rows: Tensor, pairs: Tensor) -> Tensor:
         """Sum of `rows` [C, r] over the rows of each pair [C, N]; `pairs` [r] are the pairs that these rows belong to."""
         out = rows.new_zeros(rows.shape[0], self.num_pairs + 1)
-        return out.index_add_(1, pairs, rows)[:, : self.num_pairs]
+        return self.over_shards(out.index_add_(1, pairs, rows)[:, : self.num_pairs])
+
+    def over_shards(self, partial: Tensor) -> Tensor:
+        """Sums of what is on this rank as sums over all parts; themselves where nothing is sharded."""
+        return partial if self.shards is None else ranks.total(partial, self.shards)
 
     def reduce_rows(self, per_tensor: Iterable[Sequence[Tensor]]) -> Tensor:
         """Concatenate row vectors (per parameter, per zeroed dimension) into one [R] or [C, R]."""
@@ -122,14 +154,14 @@ class GroupIndex:
         return {family.name: host[start : start + family.size] for family, start in zip(self.families, self.starts, strict=False)}
 
     def zero_groups(self) -> Tensor:
-        """Which groups are exactly zero in every zeroed parameter and buffer now (bool [G]). Synchronises nothing."""
+        """Which groups are exactly zero in every zeroed parameter and buffer now (bool [G]), looking at all parts of sharded ones."""
         live = torch.zeros(self.num_groups + 1, dtype=torch.bool, device=self.device)
         for entry in [*self.parameters, *self.buffers]:
             nonzero = entry.tensor.detach() != 0
             for dim, groups in zip(entry.dims, entry.groups, strict=True):
                 rows = nonzero.movedim(dim, 0).flatten(1).any(dim=1) if nonzero.dim() > 1 else nonzero
                 live[groups[rows].to(self.device)] = True
-        return ~live[: self.num_groups]
+        return self.over_shards(live[: self.num_groups].to(torch.int32)) == 0
 
     def _usable(self, graph: Graph, skip: Collection[int]) -> list[Family]:
         usable = []
@@ -142,7 +174,8 @@ class GroupIndex:
                 self.notes.append(f"family '{family.name}' is left out: removing its {family.unit} requires no tensor to be zero")
         return usable
 
-    def _compile(self, model: nn.Module, skip: Collection[int]) -> list[GroupedTensor]:
+    def _compile(self, model: nn.Module, skip: Collection[int]) -> list[tuple[GroupedTensor, list[np.ndarray]]]:
+        """Every tensor with zeroed dimensions, and the groups of all rows of each, also of those on other ranks."""
         maps: dict[int, tuple[str, Tensor, dict[int, np.ndarray]]] = {}
         for family, start in zip(self.families, self.starts, strict=False):
             for member in family.zeroed:
@@ -150,10 +183,13 @@ class GroupIndex:
                 if id(tensor) not in skip:
                     _, _, dims = maps.setdefault(id(tensor), (member.param, tensor, {}))
                     self._claim(dims, member, tensor, int(start))
-        return [
-            GroupedTensor(name, tensor, tuple(sorted(dims)), tuple(torch.from_numpy(dims[dim]).to(tensor.device) for dim in sorted(dims)))
-            for name, tensor, dims in maps.values()
-        ]
+        found = []
+        for name, tensor, dims in maps.values():
+            part, order = part_of(name, tensor), tuple(sorted(dims))
+            here = [dims[dim] if part is None or part.dim != dim else dims[dim][part.start : part.start + part.size] for dim in order]
+            groups = tuple(torch.from_numpy(rows).to(tensor.device) for rows in here)
+            found.append((GroupedTensor(name, tensor, order, groups, part), [dims[dim] for dim in order]))
+        return found
 
     def _claim(self, dims: dict[int, np.ndarray], member: Member, tensor: Tensor, start: int) -> None:
         """Write the group ids of one member's rows; the same tensor may come under several (tied) names."""
@@ -171,24 +207,33 @@ class GroupIndex:
             raise BadModelError(f"an index of dimension {member.dim} of '{member.param}' belongs to two groups: the graph is inconsistent")
         row_group[index] = groups
 
-    def _compile_rows(self) -> None:
-        family_of_G = np.repeat(np.arange(len(self.families)), self.sizes)
-        family_of_G = np.append(family_of_G, -1)
-        row_groups = [groups.cpu().numpy() for entry in self.parameters for groups in entry.groups]
-        owners = [np.full(groups.shape, i) for i, entry in enumerate(self.parameters) for groups in map(np.asarray, _host(entry))]
-        row_group = np.concatenate([np.zeros(0, np.int64), *row_groups]).astype(np.int64)
-        owner = np.concatenate([np.zeros(0, np.int64), *owners]).astype(np.int64)
-        family = family_of_G[row_group]
-        code = np.where(family >= 0, owner * max(len(self.families), 1) + family, np.iinfo(np.int64).max)
-        pairs, row_pair = np.unique(code, return_inverse=True)
-        pairs = pairs[pairs != np.iinfo(np.int64).max]
+    def _compile_rows(self, whole: Sequence[Sequence[np.ndarray]]) -> None:
+        """Number the pairs from all rows (`whole`, parallel to `parameters`), so that every rank has the same; then map those here."""
+        family_of_G = np.append(np.repeat(np.arange(len(self.families)), self.sizes), -1)
+        families = max(len(self.families), 1)
+
+        def codes(owner: int, groups: np.ndarray) -> np.ndarray:
+            family = family_of_G[groups]
+            return np.where(family >= 0, owner * families + family, _NO_PAIR)
+
+        every = [codes(owner, groups) for owner, parts in enumerate(whole) for groups in parts]
+        pairs = np.unique(np.concatenate([np.zeros(0, np.int64), *every]).astype(np.int64))
+        pairs = pairs[pairs != _NO_PAIR]
         self.num_pairs = len(pairs)
-        self.row_group_R = torch.from_numpy(row_group).to(self.device)
-        pair_of_row = iter(torch.split(torch.from_numpy(row_pair.astype(np.int64)).to(self.device), [len(groups) for groups in row_groups]))
-        self.row_pairs = [[next(pair_of_row) for _ in entry.groups] for entry in self.parameters]
-        self.pair_parameter = pairs // max(len(self.families), 1)
-        self.pair_family_N = torch.from_numpy(pairs % max(len(self.families), 1)).to(self.device)
+        self.pair_parameter = pairs // families
+        self.pair_family_N = torch.from_numpy(pairs % families).to(self.device)
         self.family_of_G = torch.from_numpy(family_of_G[:-1].copy()).to(self.device)
+        here = [[groups.cpu().numpy() for groups in entry.groups] for entry in self.parameters]
+        self.row_pairs = [
+            [torch.from_numpy(np.searchsorted(pairs, codes(owner, groups))).to(self.device) for groups in parts]
+            for owner, parts in enumerate(here)
+        ]
+        rows = [groups for parts in here for groups in parts]
+        self.row_group_R = torch.from_numpy(np.concatenate([np.zeros(0, np.int64), *rows]).astype(np.int64)).to(self.device)
+        self._counted_R: Tensor | None = None
+        if not all(entry.counted for entry in self.parameters):
+            counted = [np.full(len(groups), entry.counted) for entry, parts in zip(self.parameters, here, strict=True) for groups in parts]
+            self._counted_R = torch.from_numpy(np.concatenate(counted)).to(self.device)
 
 
 def row_sums(entry: GroupedTensor, values: Tensor) -> list[Tensor]:
@@ -213,10 +258,6 @@ def exclusive_row_sums(entry: GroupedTensor, values: Tensor, flags: Sequence[Ten
             shape[position] = -1
             rest = rest * (~flag).view(shape)
     return sums
-
-
-def _host(entry: GroupedTensor) -> list[np.ndarray]:
-    return [groups.cpu().numpy() for groups in entry.groups]
 
 
 def _accumulator(tensors: Iterable[Tensor]) -> torch.dtype:

@@ -72,6 +72,9 @@ class HESSO(StructuredOptimizer):
 
         Raises GetaError at the start of a period when parameters are no longer finite.
         """
+        self._follow_model()
+        if self._only_allocates(closure):
+            return self.base.step()
         joint = self._prunes and self.stage == "joint"
         period, k, length = self.schedule.joint_at(self._step) if joint else (0, -1, 0)
         if self._prunes and self.schedule.is_period_start(self._step):
@@ -83,6 +86,7 @@ class HESSO(StructuredOptimizer):
             if k == 0:
                 self._decide(before)
                 self._pruner.mark(before, self.schedule.pruned_target(period, self.target_groups))
+                self._agree()
             if joint:
                 self._pruner.decay_((k, length))
             if joint and k == length - 1:

@@ -8,6 +8,9 @@ An observer is opened for a window of steps and closed between windows; a run wh
 Under gradient accumulation a step has one (accumulated) gradient and several forward passes; all of them are seen. Forward passes
 without gradients (validation, the first pass of activation checkpointing) are not looked at.
 
+With several ranks every rank reports the same: activations are shared in each observed step, gradients are reduced by whoever reduces
+them for the training (a local gradient would be a wrong one there as well).
+
 Source: Fisher criterion after Theis et al. (arXiv 1801.05787).
 
 Legend: `G` groups.
@@ -22,7 +25,8 @@ import torch
 from torch import Tensor
 
 from geta.errors import CheckpointError, ConfigError
-from geta.optim.groups import Graph, GroupIndex, row_sums
+from geta.optim.groups import Graph, GroupedTensor, GroupIndex, row_sums
+from geta.optim.shards import local
 
 UNSEEN = -1.0
 """What an observer reports for a group that it can't observe."""
@@ -42,7 +46,7 @@ class Observer(Protocol):
         ...
 
     def observe(self) -> None:
-        """Called once per optimizer step, when gradients are there and parameters have not moved yet."""
+        """Called once per optimizer step, when gradients are there and parameters have not moved yet; by all ranks at once."""
         ...
 
     def read(self) -> Tensor:
@@ -173,7 +177,7 @@ class FisherObserver:
 
     def observe(self) -> None:
         """Add this step's squared inner products."""
-        rows = [row_sums(entry, self._products(entry.tensor)) for entry in self._index.parameters]
+        rows = [row_sums(entry, self._products(entry)) for entry in self._index.parameters]
         self._sum_G = self._sum_G + self._index.per_group(self._index.reduce_rows(rows)).square()
         self._steps += 1
 
@@ -192,8 +196,9 @@ class FisherObserver:
         self._steps = int(state["steps"])
         self._sum_G = state["sum"].to(self._sum_G).clone()
 
-    def _products(self, parameter: Tensor) -> Tensor:
-        if parameter.grad is None:
+    def _products(self, entry: GroupedTensor) -> Tensor:
+        parameter = entry.tensor
+        if entry.stored.grad is None:
             return torch.zeros_like(parameter, dtype=self._index.dtype)
-        grad = parameter.grad.detach()
+        grad = local(entry.stored.grad).detach()
         return parameter.detach().to(self._index.dtype) * (grad.to_dense() if grad.is_sparse else grad).to(self._index.dtype)

@@ -12,13 +12,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from geta import ranks
 from geta.errors import ConfigError
 from geta.optim.bank import QuantizerBank, Steps
 from geta.optim.forget import Forgetting, PairMap, PairSums, forget
 from geta.optim.groups import GroupedTensor, GroupIndex, exclusive_row_sums
 from geta.optim.observe import Observation
+from geta.optim.rows import Chosen, RedundantRows, RemovedRows, covered, forgettable
 from geta.optim.saliency import Saliency, group_statistics
 from geta.optim.selection import Selector
+
+_ROWS = -1
+"""Where in a snapshot the rows are that the compiled kernels forget; parameters have their positions."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +52,10 @@ class _Active:
         if self.rows is None or tensor.dim() != self.entry.tensor.dim() or tensor.shape[dim] == 1 != self.entry.tensor.shape[dim]:
             return tensor
         return tensor.index_select(dim, self.rows)
+
+    def take_setting(self, tensor: Tensor) -> Tensor:
+        """The same of a quantizer's parameter, which broadcasts against the whole parameter and is not sharded with it."""
+        return self.take(self.entry.part_of(tensor))
 
     def ones(self, dtype: torch.dtype) -> Tensor:
         """As many ones as elements are looked at, without their memory."""
@@ -81,12 +90,16 @@ class Pruner:
         self.observation = observation or Observation({})
         self.redundant = np.zeros(index.num_groups, dtype=bool)
         self.pruned = np.zeros(index.num_groups, dtype=bool)
-        self._layers = [layers.get(id(entry.tensor), -1) for entry in index.parameters]
+        self._layers = [layers.get(id(entry.stored), -1) for entry in index.parameters]
         layer_of_pair = [self._layers[parameter] for parameter in index.pair_parameter]
         layer_N = torch.tensor([layer if layer >= 0 else len(bank) for layer in layer_of_pair], dtype=torch.int64, device=index.device)
         self._pairs = PairMap(index.pair_family_N, layer_N, len(index.families), len(bank))
-        self._zeroed: list[tuple[Tensor, Tensor]] = []
+        self._zeroed: list[tuple[GroupedTensor, Tensor]] = []
+        self._removed: RemovedRows | None = None
         self._active: list[_Active] = []
+        self._slow = self._active
+        self._fast: RedundantRows | None = None
+        self._fast_positions: list[int] = []
         self._pairs_of_rows = torch.zeros(0, dtype=torch.int64, device=index.device)
         self._count_N = torch.zeros(index.num_pairs, device=index.device)
         self.owner_L = torch.zeros(len(bank), dtype=torch.bool, device=index.device)
@@ -95,16 +108,17 @@ class Pruner:
         """Copies of what the coming step needs: all grouped parameters to score, else the rows being forgotten."""
         if everything:
             return {position: entry.tensor.detach().clone() for position, entry in enumerate(self.index.parameters)}
-        return {active.position: _copied(active, active.entry.tensor.detach()) for active in self._active}
+        copies = {active.position: _copied(active, active.entry.tensor.detach()) for active in self._slow}
+        return copies if self._fast is None else {**copies, _ROWS: self._fast.copied()}
 
     def scores(self, before: Mapping[int, Tensor]) -> Tensor:
-        """Score of every group [G] from the step that the base optimizer has just proposed; waits for nothing.
+        """Score of every group [G] from the step that the base optimizer has just proposed, the same on all ranks; waits for nothing.
 
         before: `snapshot(everything=True)`.
         """
         old = [before[position] for position in range(len(self.index.parameters))]
         new = [entry.tensor.detach() for entry in self.index.parameters]
-        return self.saliency.score(group_statistics(self.index, old, new, self.observation.read()))
+        return ranks.of_first(self.saliency.score(group_statistics(self.index, old, new, self.observation.read())))
 
     def mark(self, before: Mapping[int, Tensor], total: int) -> dict[int, Tensor]:
         """Score all groups from the proposed step and mark the least important as redundant, up to `total` in all.
@@ -115,19 +129,25 @@ class Pruner:
             self.redundant = self.selector.mark(on_host(self.scores(before)), self.pruned, total)
             self.observation.restart()
         self.refresh()
-        return {active.position: active.take(before[active.position]) for active in self._active}
+        copies = {active.position: active.take(before[active.position]) for active in self._slow}
+        return copies if self._fast is None else {**copies, _ROWS: self._fast.copied([before[p] for p in self._fast_positions])}
 
     def refresh(self) -> None:
         """Derive everything that follows from `redundant` and `pruned`; call after changing either."""
         index, family_count = self.index, len(self.index.families)
         pruned, redundant = index.flags(self.pruned), index.flags(self.redundant)
         self._zeroed = []
+        removed = []
         if self.pruned.any():
             for entry in [*index.parameters, *index.buffers]:
                 mask = entry.element_mask(pruned)
                 if bool(mask.any()):
-                    self._zeroed.append((entry.tensor, mask))
-        self._active = []
+                    if covered(entry):
+                        removed.append((entry, mask.flatten().nonzero().flatten()))
+                    else:
+                        self._zeroed.append((entry, mask))
+        self._removed = RemovedRows(removed) if removed else None
+        self._active = self._slow = []
         if self.redundant.any():
             family_of = torch.cat([index.family_of_G, index.family_of_G.new_full((1,), family_count)])
             for position, entry in enumerate(index.parameters):
@@ -144,15 +164,32 @@ class Pruner:
         self._pairs_of_rows = torch.cat(
             [torch.zeros(0, dtype=torch.int64, device=index.device), *(p for a in self._active for p in a.pairs)]
         )
+        self._slow = self._active
         self._count_N = self._pair_sums([active.ones(index.dtype)[None] for active in self._active], 1)[0]
-        owners = sorted({active.layer for active in self._active if active.layer >= 0})
-        self.owner_L = torch.zeros_like(self.owner_L)
-        self.owner_L[owners] = True
+        held_N = (self._count_N > 0).to(self._count_N.dtype)
+        self.owner_L = self._pairs.per_layer(held_N) > 0
+        self._split()
+
+    def _split(self) -> None:
+        """Leave to the compiled kernels what they can do."""
+        index = self.index
+        fast = [a for a in self._active if index.shards is None and forgettable(a.entry, a.layer, self.bank, index.dtype)]
+        self._fast_positions = [active.position for active in fast]
+        self._fast = None
+        if not fast:
+            return
+        done = set(self._fast_positions)
+        self._slow = [active for active in self._active if active.position not in done]
+        self._pairs_of_rows = torch.cat([self._pairs_of_rows[:0], *(p for a in self._slow for p in a.pairs)])
+        chosen = [Chosen(a.entry, a.rows, a.families[0], a.pairs[0], a.layer) for a in fast if a.rows is not None]
+        self._fast = RedundantRows(chosen, self.bank, index.num_pairs)
 
     def enforce_(self) -> None:
         """Set every pruned slice to exactly zero, whatever the base optimizer proposed."""
-        for tensor, mask in self._zeroed:
-            tensor.masked_fill_(mask, 0)
+        for entry, mask in self._zeroed:
+            entry.tensor.masked_fill_(mask, 0)
+        if self._removed is not None:
+            self._removed.zero_()
 
     def forget_(self, before: Mapping[int, Tensor], steps: Steps | None, position: tuple[int, int]) -> Tensor:
         """Apply `x_R <- x_R + delta_R - gamma [x_Q]_R` and return d / d(b_l) per quantizer [L] (meaningful for owners).
@@ -162,30 +199,42 @@ class Pruner:
         """
         shaped, terms = [], []
         low_E = None if steps is None else self.bank.step_size_of(self.bank.lower_L, steps)
-        for active in self._active:
+        for active in self._slow:
             x = before[active.position].to(self.index.dtype)
             step = x - active.take(active.entry.tensor.detach())
             c, v = x, None
             if active.layer >= 0:
                 assert steps is not None
                 assert low_E is not None
-                c, v = self.bank.split(active.layer, x, active.take, steps, low_E)
+                c, v = self.bank.split(active.layer, x, active.take_setting, steps, low_E)
             shaped.append((c, v))
             terms.append(self._terms(step, c, v))
-        step_sq, step_shaped, shaped_abs, step_residual = self._pair_sums(terms, 4).unbind()
+        found = self._pair_sums(terms, 4)
+        if self._fast is not None:
+            found = found + self._fast.sums(before[_ROWS], steps, low_E)
+        step_sq, step_shaped, shaped_abs, step_residual = found.unbind()
         sums = PairSums(step_sq, step_shaped, shaped_abs, step_residual, self._count_N)
         smallest = self._smallest_ratio(sums.count.dtype)
         gamma_F, ratio_L = forget(self.forgetting, sums, self._pairs, smallest, position)
-        for active, (c, v) in zip(self._active, shaped, strict=True):
+        last = position[0] == position[1] - 1
+        for active, (c, v) in zip(self._slow, shaped, strict=True):
             quantized = c if v is None else c + ratio_L[active.layer].to(c.device) * v
-            self._move_(active, quantized, gamma_F, last=position[0] == position[1] - 1)
+            self._move_(active, quantized, gamma_F, last=last)
+        if self._fast is not None and last:
+            self._fast.zero_()
+        elif self._fast is not None:
+            self._fast.move_(before[_ROWS], steps, low_E, (gamma_F, ratio_L))
         return ratio_L
 
     def decay_(self, position: tuple[int, int]) -> None:
         """HESSO's path: `x_R <- x_R (K_p - k - 1) / (K_p - k)` after the base optimizer's step; exactly zero in the last one."""
         k, length = position
         kept = (length - k - 1) / (length - k)
-        for active in self._active:
+        if self._fast is not None and kept == 0.0:
+            self._fast.zero_()
+        elif self._fast is not None:
+            self._fast.scale_(kept)
+        for active in self._slow:
             tensor = active.entry.tensor
             if kept == 0.0:
                 tensor.masked_fill_(active.mask, 0)
@@ -216,10 +265,14 @@ class Pruner:
 
     def _pair_sums(self, terms: Sequence[Tensor], kinds: int) -> Tensor:
         """[kinds, N]: sums over redundant elements, every element counted once; `terms` runs parallel to the active parameters."""
-        if not terms:
-            return torch.zeros(kinds, self.index.num_pairs, dtype=self.index.dtype, device=self.index.device)
-        rows = [exclusive_row_sums(active.entry, values, active.flags) for active, values in zip(self._active, terms, strict=True)]
-        return self.index.per_pair(self.index.reduce_rows(rows), self._pairs_of_rows)
+        rows = [exclusive_row_sums(active.entry, values, active.flags) for active, values in zip(self._slow, terms, strict=True)]
+        counted = [
+            part if active.entry.counted else torch.zeros_like(part)
+            for active, parts in zip(self._slow, rows, strict=True)
+            for part in parts
+        ]
+        nothing = torch.zeros(kinds, 0, dtype=self.index.dtype, device=self.index.device)
+        return self.index.per_pair(self.index.reduce_rows([[nothing, *counted]]), self._pairs_of_rows)
 
     def _smallest_ratio(self, dtype: torch.dtype) -> Tensor:
         """d(b_u) / d(b_l) per quantizer, from the bounds alone."""

@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from geta import ranks
 from geta.errors import GetaError
 from geta.graph.names import find_tensor
 from geta.optim.bank import QuantizerBank, Steps
 from geta.optim.budget import Budget, sparsity_or_budget
-from geta.optim.forget import Forgetting, check_forgetting
+from geta.optim.forget import Forgetting, check_forgetting, step_share
 from geta.optim.groups import Graph
 from geta.optim.saliency import SaliencyLike
 from geta.optim.schedule import Schedule, Stage
@@ -86,7 +87,6 @@ class QASSO(StructuredOptimizer):
         bounds["activation"] = replaced_bits("activation_bits", activation_bits, "activation", found)
         for quantizer in found:
             plan.check_bits((bounds[quantizer.kind] or quantizer.bits).upper, f"quantizer '{quantizer.name}'")
-        self._bank = QuantizerBank(found)
         super().__init__(
             base,
             graph,
@@ -94,7 +94,7 @@ class QASSO(StructuredOptimizer):
             schedule=plan,
             multiple_of=multiple_of,
             saliency=saliency,
-            bank=self._bank,
+            bank=QuantizerBank(found),
             forgetting=rule,
             target=target,
             bits=[bounds[quantizer.kind] or quantizer.bits for quantizer in found],
@@ -104,15 +104,18 @@ class QASSO(StructuredOptimizer):
             quantizer.bits = bounds[quantizer.kind] or quantizer.bits
         self._bank.read_settings()
         self._rule = rule
-        self._tightened = {i: find_tensor(graph.model, q.name) for i, q in enumerate(found) if q.kind == "weight"} if tighten else {}
+        self._tightens = tighten
         self._bits: Tensor | None = None
-        self._upper: tuple[tuple[float, ...], Tensor] | None = None
+        self._rebound()
 
     def step(self, closure: Callable[[], float] | None = None) -> Any:
         """One optimizer step; returns the closure's loss if a closure is given.
 
         Raises GetaError at the start of a period when parameters are no longer finite.
         """
+        self._follow_model()
+        if self._only_allocates(closure):
+            return self.base.step()
         if not self._prunes and not len(self._bank):
             loss = self._call_base(closure)
             self._advance()
@@ -134,6 +137,11 @@ class QASSO(StructuredOptimizer):
                 self._constrain_bits(stage, ruled)
         self._advance()
         return loss
+
+    def _rebound(self) -> None:
+        weights = {i: q.name for i, q in enumerate(self._bank.quantizers) if q.kind == "weight" and self._tightens}
+        self._tightened = {i: find_tensor(self._graph.model, name) for i, name in weights.items()}
+        self._upper: tuple[tuple[float, ...], Tensor] | None = None
 
     @property
     def bits(self) -> dict[str, float]:
@@ -187,6 +195,7 @@ class QASSO(StructuredOptimizer):
         if k == 0:
             self._decide(before)
             before = self._pruner.mark(before, self.schedule.pruned_target(period, self.target_groups))
+            self._agree()
         ratio = self._pruner.forget_(before, steps, (k, length))
         owners = self._pruner.owner_L
         if k == length - 1:
@@ -202,12 +211,17 @@ class QASSO(StructuredOptimizer):
             if ruled is not None:
                 ratio, owners = (part[bank.layer_E] for part in ruled)
                 d_rule = ratio.to(now.d.dtype) * bank.step_size_of(bank.lower_L, now)
-                now = now._replace(d=torch.where(owners, d_rule, now.d))
+                _, k, length = self.schedule.joint_at(self._step)
+                share = step_share(self._rule, k, length)
+                start = bank.projected(self._upper_bits(), now)  # the base optimizer's own step may leave d below zero
+                d_next = d_rule if share == 1.0 else start * (d_rule / start).pow(share)
+                now = now._replace(d=torch.where(owners, d_next, now.d))
             bank.project_(self._upper_bits(), now)
             if self._step + 1 < self.schedule.cooldown_start:
                 return
         if self._bits is None:
-            self._bits = bank.rounded_bits()
+            self._bits = ranks.of_first(bank.rounded_bits())
+            self._agree()
         bank.write_d_(bank.step_size_of(self._bits, now))
 
     def _adopt_plan(self) -> None:
@@ -218,7 +232,9 @@ class QASSO(StructuredOptimizer):
 
     def _bounds(self) -> list[float]:
         """This step's upper bound of every quantizer; a plan's bits are reached in the joint stage's last period."""
-        uppers = [self.schedule.upper_bits_at(self._step, quantizer.bits.upper) for quantizer in self._bank.quantizers]
+        targets = [quantizer.bits.upper for quantizer in self._bank.quantizers]
+        bounds = {target: self.schedule.upper_bits_at(self._step, target) for target in dict.fromkeys(targets)}
+        uppers = [bounds[target] for target in targets]
         if self._target is None or self._target.plan is None:
             return uppers
         period = self._period()
@@ -230,6 +246,9 @@ class QASSO(StructuredOptimizer):
         if self._upper is None or self._upper[0] != bounds:
             self._upper = (bounds, torch.tensor(bounds, dtype=self._bank.lower_L.dtype, device=self._bank.device))
         return self._upper[1]
+
+    def _decided_bits(self) -> list[float] | None:
+        return None if self._bits is None else self._bits.tolist()
 
     def _settings(self) -> dict[str, Any]:
         return {

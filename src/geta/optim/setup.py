@@ -10,7 +10,7 @@ from torch import nn
 from geta.errors import ConfigError
 from geta.optim.groups import Graph
 from geta.optim.schedule import Schedule
-from geta.quant import Bits, Quantizer
+from geta.quant import Bits, Quantizer, fixed_quantizers, quantizers
 
 BitsLike = Bits | Sequence[int] | int | None
 
@@ -53,6 +53,12 @@ def replaced_bits(setting: str, value: BitsLike, kind: str, found: Sequence[Quan
             f"{setting} is {value!r}, but the model has no {kind} quantizers: call geta.quantize(model, ...) first, or leave {setting} out"
         )
     return Bits.of(value)
+
+
+def quantizer_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """The parameters of all quantizers of a model, each once: those that `fully_shard` is to leave alone (`ignored_params`)."""
+    found = [*quantizers(model).values(), *fixed_quantizers(model).values()]
+    return list({id(p): p for quantizer in found for p in quantizer.parameters()}.values())
 
 
 def trained_parameters(graph: Graph, found: Sequence[Quantizer]) -> list[tuple[str, nn.Parameter]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -10,8 +11,10 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from geta import ranks
 from geta.cost.record import Cost
 from geta.errors import CheckpointError, ConfigError, GetaError
+from geta.graph.names import find_tensor
 from geta.optim.bank import QuantizerBank
 from geta.optim.budget import Budget, BudgetTarget, costs_by_kind
 from geta.optim.forget import Forgetting
@@ -20,7 +23,8 @@ from geta.optim.pruner import Pruner, on_host
 from geta.optim.saliency import Saliency, SaliencyLike
 from geta.optim.schedule import Schedule, Stage
 from geta.optim.selection import Selector
-from geta.optim.setup import check_sparsity, refuse_unprunable
+from geta.optim.setup import check_sparsity, quantizer_parameters, refuse_unprunable
+from geta.optim.shards import is_sharded, local
 from geta.optim.wrapper import WrappingOptimizer, call_base
 from geta.quant import Bits
 
@@ -53,7 +57,8 @@ class StructuredOptimizer(WrappingOptimizer):
         check_sparsity(sparsity)
         self.schedule = schedule
         self._graph = graph
-        self._index = GroupIndex(graph, skip={id(p) for quantizer in bank.quantizers for p in quantizer.parameters()})
+        self._bank = bank
+        self._index = self._compiled()
         wanted = int(sparsity * self._index.num_groups)
         if sparsity > 0.0 and not self._index.num_groups:
             refuse_unprunable(graph, sparsity)
@@ -63,18 +68,75 @@ class StructuredOptimizer(WrappingOptimizer):
             raise ConfigError(f"{what}, but the schedule has no joint stage: give schedule.joint > 0")
         self._target = BudgetTarget(target, graph, self._index, selector, quantizers=bank.quantizers, bits=bits) if target else None
         self._prunes = selector.target > 0 or target is not None
-        criteria = Saliency.of(saliency)
-        observation = criteria.observation(self._index, graph) if self._prunes else None
+        pruner = self._new_pruner(selector, Saliency.of(saliency), forgetting)
         super().__init__(base)
-        layers = bank.weights_of(graph.model)
-        self._pruner = Pruner(
-            self._index, selector, saliency=criteria, bank=bank, layers=layers, forgetting=forgetting, observation=observation
-        )
+        self._pruner = pruner
+        self._trained = self._trained_names()
+        self._unchecked = True
         self._step = 0
         self._observe_next()
         self.notes = [*self._index.notes, *([selector.note] if selector.note else [])]
         if sparsity > 0.0 and wanted == 0:
             self.notes.append(f"sparsity {sparsity} of {self._index.num_groups} groups is less than one group: nothing is removed")
+
+    def _compiled(self) -> GroupIndex:
+        """The groups in the model as it is now."""
+        own = [p for quantizer in self._bank.quantizers for p in quantizer.parameters()]
+        index = GroupIndex(self._graph, skip={id(p) for p in own})
+        sharded = any(is_sharded(p) for p in self._graph.model.parameters())
+        replicated = quantizer_parameters(self._graph.model) if sharded else []
+        if any(is_sharded(p) for p in (*own, *replicated)):
+            raise ConfigError(
+                "parameters of quantizers are sharded, but every rank needs all of them: call fully_shard(module, "
+                "ignored_params=set(geta.optim.quantizer_parameters(model)))"
+            )
+        self._replicated = [p for p in replicated if p.requires_grad]
+        return index
+
+    def _new_pruner(self, selector: Selector, saliency: Saliency, forgetting: Forgetting) -> Pruner:
+        observation = saliency.observation(self._index, self._graph) if self._prunes else None
+        layers = self._bank.weights_of(self._graph.model)
+        return Pruner(
+            self._index, selector, saliency=saliency, bank=self._bank, layers=layers, forgetting=forgetting, observation=observation
+        )
+
+    def _follow_model(self) -> None:
+        """Look the tensors up again where the model was moved, sharded or given other ones since; called before each step.
+
+        Moves are noticed at once, other replaced tensors before the first step and at the start of each period.
+        """
+        entries = self._index.parameters
+        moved = entries and entries[0].stored.device != self._index.device
+        if not moved and not self._unchecked and not self.schedule.is_period_start(self._step):
+            return
+        self._unchecked = False
+        stored = [*entries, *self._index.buffers]
+        if moved or any(find_tensor(self._graph.model, entry.name) is not entry.stored for entry in stored):
+            self._rebind()
+
+    def _rebind(self) -> None:
+        """Compile everything again for the tensors that the model has now; the state of the run stays."""
+        state, old = self._extra_state(), self._pruner
+        old.observation.follow(False)
+        self._bank = QuantizerBank(self._bank.quantizers)
+        self._index = self._compiled()
+        lost = [name for name in self._trained if name not in self._trained_names()]
+        if lost:
+            raise ConfigError(
+                f"the model's '{lost[0]}' was replaced after the optimizer was made, which still trains the old tensor: make the optimizer "
+                f"last, after fully_shard and whatever else gives the model new parameters"
+            )
+        self._pruner = self._new_pruner(old.selector, old.saliency, old.forgetting)
+        self._rebound()
+        self._load_extra_state(state)
+
+    def _trained_names(self) -> list[str]:
+        """The grouped parameters that the base optimizer trains."""
+        known = {id(parameter) for group in self.param_groups for parameter in group["params"]}
+        return [entry.name for entry in self._index.parameters if id(entry.stored) in known]
+
+    def _rebound(self) -> None:
+        """Subclasses renew what they keep beside index and pruner."""
 
     @property
     def stage(self) -> Stage:
@@ -158,6 +220,7 @@ class StructuredOptimizer(WrappingOptimizer):
             return
         scores = on_host(self._pruner.scores(before)) if self._index.num_groups else np.zeros(0)
         self._target.plan = self._target.make(scores)
+        self._target.load({key: ranks.of_first(value) for key, value in self._target.state().items()})
         self._adopt_plan()
 
     def _adopt_plan(self) -> None:
@@ -172,7 +235,51 @@ class StructuredOptimizer(WrappingOptimizer):
 
     def _call_base(self, closure: Callable[[], float] | None) -> Any:
         """The base's own step, seen by the observers of the saliency; the closure's loss if there is one."""
-        return call_base(self.base, self._pruner.observation.watched(closure))
+        return call_base(self.base, self._pruner.observation.watched(self._reducing(closure)))
+
+    def _reducing(self, closure: Callable[[], float] | None) -> Callable[[], float] | None:
+        """In a sharded model, reduce the gradients of quantizers, which `fully_shard` leaves alone: now, or after each closure call."""
+        if not self._replicated:
+            return closure
+        if closure is None:
+            ranks.share_gradients_(self._replicated)
+            return None
+
+        def reducing() -> float:
+            loss = closure()
+            ranks.share_gradients_(self._replicated)
+            return loss
+
+        return reducing
+
+    def _only_allocates(self, closure: Callable[[], float] | None) -> bool:
+        """Whether this is no training step: learning rates and gradients are all zero.
+
+        `torch.distributed.checkpoint` lets optimizers allocate their state by such a step. The schedule doesn't count it.
+        """
+        rates = [group.get("lr", 1.0) for group in self.param_groups]
+        if closure is not None or any((isinstance(rate, Tensor) and rate.device.type != "cpu") or float(rate) != 0.0 for rate in rates):
+            return False
+        gradients = [local(p.grad) for group in self.param_groups for p in group["params"] if p.grad is not None]
+        moved = (
+            torch.stack([(grad.coalesce().values() if grad.is_sparse else grad).any().cpu() for grad in gradients]).any()
+            if gradients
+            else None
+        )
+        return moved is not None and not bool(self._index.over_shards(moved.to(self._index.device, torch.int32)))
+
+    def _agree(self) -> None:
+        """Raise GetaError unless all ranks have come to the same decision; called where one was taken."""
+        if ranks.count() == 1:
+            return
+        plan = None if self._target is None else {key: value.tolist() for key, value in self._target.state().items()}
+        settings = json.dumps([self._step, self.stage, self._settings(), plan, self._decided_bits()], sort_keys=True)
+        decided = (self._pruner.redundant.tobytes(), self._pruner.pruned.tobytes(), settings.encode())
+        ranks.require_same(decided, f"groups and bits at step {self._step} ({self.stage})", self._index.device)
+
+    def _decided_bits(self) -> list[float] | None:
+        """The final bit widths, once there are any."""
+        return None
 
     def _advance(self) -> None:
         """The step is done."""
@@ -201,7 +308,8 @@ class StructuredOptimizer(WrappingOptimizer):
     def _check_finite(self) -> None:
         """One synchronisation, once per period."""
         parameters = [parameter for group in self.param_groups for parameter in group["params"]]
-        finite = torch.stack([parameter.detach().isfinite().all().cpu() for parameter in parameters])
+        unfit = torch.stack([(~local(parameter).detach().isfinite().all()).to(self._index.device) for parameter in parameters])
+        finite = self._index.over_shards(unfit.to(torch.int32)) == 0
         if bool(finite.all()):
             return
         broken = {id(parameter) for parameter, fine in zip(parameters, finite.tolist(), strict=True) if not fine}

@@ -13,9 +13,10 @@ from torch import nn
 from torch.optim import Optimizer
 
 from geta.errors import CheckpointError, ConfigError
+from geta.optim.packed import pack, unpack
 
 SECTION = "geta"
-"""Key of our part in `state_dict()`, beside torch's own "state" and "param_groups"."""
+"""Key of our part in `state_dict()`, beside torch's own "state" and "param_groups"; packed into one string, also in the first group."""
 
 
 class WrappingOptimizer(Optimizer):
@@ -53,11 +54,15 @@ class WrappingOptimizer(Optimizer):
         self.base.zero_grad(set_to_none)
 
     def state_dict(self) -> dict[str, Any]:
-        """The base's state plus our own under "geta": tensors and plain data only, enough for a bit-exact resume."""
+        """The base's state plus our own under "geta": tensors and plain data only, enough for a bit-exact resume.
+
+        The first parameter group holds our part a second time, as a string (`geta.optim.packed`).
+        """
         for pre_hook in self._optimizer_state_dict_pre_hooks.values():
             pre_hook(self)
         state = self.base.state_dict()
         state[SECTION] = self._extra_state()
+        state["param_groups"][0][SECTION] = pack(state[SECTION])
         for post_hook in self._optimizer_state_dict_post_hooks.values():
             replaced = post_hook(self, state)
             state = state if replaced is None else replaced
@@ -72,14 +77,17 @@ class WrappingOptimizer(Optimizer):
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
             replaced = pre_hook(self, state)
             state = state if replaced is None else replaced
-        if SECTION not in state:
+        packed = [group[SECTION] for group in state.get("param_groups", ()) if SECTION in group]
+        if SECTION not in state and not packed:
             raise CheckpointError(
-                f"this optimizer state has no '{SECTION}' part: it was saved by a plain optimizer, not by {type(self).__name__}"
+                f"this optimizer state has no '{SECTION}' part: it was saved by a plain optimizer, not by {type(self).__name__}, or by a "
+                f"saver that flattens parameter groups (don't)"
             )
-        extra = state[SECTION]
+        extra = state[SECTION] if SECTION in state else unpack(packed[0])
         self._check_extra_state(extra)
+        groups = [{key: value for key, value in group.items() if key != SECTION} for group in state.get("param_groups", ())]
         try:
-            self.base.load_state_dict({key: value for key, value in state.items() if key != SECTION})
+            self.base.load_state_dict({**{key: value for key, value in state.items() if key != SECTION}, "param_groups": groups})
         except ValueError as error:
             raise CheckpointError(f"the saved state of {type(self.base).__name__} doesn't fit: {error}") from error
         self._share()
@@ -128,7 +136,19 @@ def move_to_own_group(base: Optimizer, named: Sequence[tuple[str, nn.Parameter]]
     group = {"params": list(named) if with_names else [parameter for _, parameter in named], "lr": lr}
     if "weight_decay" in base.defaults:
         group["weight_decay"] = 0.0
-    base.add_param_group(group)
+    base.add_param_group({**group, **_implementation(base, [parameter for _, parameter in named])})
+
+
+def _implementation(base: Optimizer, parameters: Sequence[nn.Parameter]) -> dict[str, bool]:
+    """Which of PyTorch's implementations updates many tiny parameters fastest on the CPU, where its default is a loop over them.
+
+    SGD's fused one is left out: it fails when parameters get their first gradient in different steps.
+    """
+    chosen = {torch.optim.SGD: "foreach", torch.optim.Adam: "fused", torch.optim.AdamW: "fused"}.get(type(base))
+    decided = any(base.defaults.get(key) for key in ("capturable", "differentiable"))
+    decided = decided or any(base.defaults.get(key) is not None for key in ("foreach", "fused"))
+    plain = all(type(p) is nn.Parameter and p.device.type == "cpu" and p.is_floating_point() for p in parameters)
+    return {chosen: True} if chosen is not None and plain and not decided else {}
 
 
 def call_base(base: Optimizer, closure: Callable[[], float] | None) -> Any:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from geta import ranks
 from geta.errors import ConfigError
 from geta.quant.targets import Layer
 
@@ -33,7 +34,7 @@ class RangeObserver:
     Rule: q_m = mean over the batches of the `percentile`-th percentile of |x|; of several inputs within one batch (attention's query, key
     and value, a module that is called more than once) the largest percentile counts. percentile = 100, or a percentile of zero (almost
     all values are zero), gives q_m = max |x| over all batches; all values zero gives 1. Signed if any value was below zero. The mean of |x|
-    is over all elements of all batches, 1 if all are zero.
+    is over all elements of all batches, 1 if all are zero. Every rank's batches count (`share`).
     """
 
     def __init__(self, percentile: float) -> None:
@@ -60,6 +61,35 @@ class RangeObserver:
         self._smallest.append(values.amin())
         self._means.append((magnitudes.mean(), magnitudes.numel()))
         return x
+
+    def summary(self) -> Tensor:
+        """What this rank has seen, float64 [9]: calls, floating point or not, double precision or not, batches, mean percentile,
+        largest |x|, smallest x, mean of |x| and number of elements it is over; zeros where there is nothing."""
+        facts = [float(self.calls), float(not self.integer_only)]
+        if not self._largest:
+            return torch.tensor([*facts, *[0.0] * 7], dtype=torch.float64)
+        wide = float(self._largest[0].dtype == torch.float64)
+        elements = sum(count for _, count in self._means)
+        mean = torch.stack([mean.double() * (count / elements) for mean, count in self._means]).sum()
+        percentiles = torch.stack(list(self._percentiles.values())).double()
+        values = [percentiles.mean(), torch.stack(self._largest).amax(), torch.stack(self._smallest).amin(), mean]
+        numbers = [float(value) for value in values]
+        return torch.tensor([*facts, wide, float(len(percentiles)), *numbers, float(elements)], dtype=torch.float64)
+
+    def adopt(self, summaries: Sequence[Sequence[float]], device: torch.device) -> None:
+        """Go on as if all ranks' batches had been seen here."""
+        self.calls = int(sum(one[0] for one in summaries))
+        self.integer_only = not any(one[1] for one in summaries)
+        seen = [one for one in summaries if one[3]]
+        dtype = torch.float64 if any(one[2] for one in seen) else torch.float32
+        batches = sum(one[3] for one in seen)
+
+        def number(value: float) -> Tensor:
+            return torch.tensor(value, dtype=dtype, device=device)
+
+        self._percentiles = {0: number(sum(one[4] * (one[3] / batches) for one in seen))} if seen else {}
+        self._largest, self._smallest = ([number(one[place]) for one in seen] for place in (5, 6))
+        self._means = [(number(one[7]), int(one[8])) for one in seen]
 
     def result(self, path: str) -> Range:
         """The range for the input of module `path`; raises ConfigError when values were not finite."""
@@ -114,7 +144,8 @@ def calibrate(model: nn.Module, layers: Sequence[Layer], batches: Iterable[Any],
     """Run up to `limit` batches through the model and return {module path: range of its input}.
 
     The model runs in eval mode without gradients; its modes and buffers are put back afterwards, also after an error. A layer whose
-    data inputs are integers (an embedding) has no range. Raises ConfigError for unusable batches and for a layer that none reaches.
+    data inputs are integers (an embedding) has no range. With several ranks (`geta.ranks`) all of them call this, each with its own
+    batches, and find the same. Raises ConfigError for unusable batches and for a layer that none reaches.
     """
     observers = {layer.path: RangeObserver(percentile) for layer in layers}
     with ExitStack() as stack:
@@ -130,8 +161,20 @@ def calibrate(model: nn.Module, layers: Sequence[Layer], batches: Iterable[Any],
             _run(model, batch, count)
     if count == 0:
         raise ConfigError("calibration: no batch was given; pass an iterable with at least one batch of real inputs")
+    _share(observers, layers)
     _refuse_unseen(observers, count)
     return {path: observer.result(path) for path, observer in observers.items() if not observer.integer_only}
+
+
+def _share(observers: Mapping[str, RangeObserver], layers: Sequence[Layer]) -> None:
+    """Let every rank know what all of them have seen."""
+    if ranks.count() == 1:
+        return
+    devices = [next((p.device for p in layer.module.parameters()), torch.device("cpu")) for layer in layers]
+    mine = torch.stack([observer.summary() for observer in observers.values()]).to(devices[0])
+    found = ranks.gathered(mine).cpu().transpose(0, 1)
+    for observer, summaries, device in zip(observers.values(), found.tolist(), devices, strict=True):
+        observer.adopt(summaries, device)
 
 
 def _observing_hook(observer: RangeObserver) -> Callable[..., None]:

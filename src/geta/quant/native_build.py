@@ -1,4 +1,4 @@
-"""Compile `native_source.c` with the system's C compiler, once per user and kind of processor, and load it.
+"""Compile `native_source.c` and `native_rows.c` with the system's C compiler, once per user and kind of processor, and load it.
 
 The library is made when the first quantized tensor needs it, never on import, and kept in `$XDG_CACHE_HOME/geta` (`~/.cache/geta`)
 under a name that is a hash of its source, the flags, the compiler's version and the processor's features; another processor on a
@@ -21,11 +21,12 @@ import shlex
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 ABI = 1
+SOURCES = ("native_source.c", "native_rows.c")
 SWITCH = "GETA_NATIVE"
 _FLAGS = ("-std=c11", "-O3", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off", "-fvisibility=hidden", "-fPIC")
 _VARIANTS = (("-march=native", "-fopenmp"), ("-march=native",), ("-fopenmp",), ())
@@ -85,14 +86,16 @@ def _first_that_works() -> tuple[ctypes.CDLL, NativeStatus]:
     if os.name != "posix":
         raise NativeUnavailableError(f"the compiled kernels are not supported on {platform.system()}")
     compiler = _compiler()
-    source = importlib.resources.files("geta.quant").joinpath("native_source.c").read_text(encoding="utf-8")
-    key = "\n".join((source, " ".join(compiler), _output([*compiler, "--version"]), platform.machine(), platform.system(), _processor()))
+    sources = {name: importlib.resources.files("geta.quant").joinpath(name).read_text(encoding="utf-8") for name in SOURCES}
+    key = "\n".join(
+        (*sources.values(), " ".join(compiler), _output([*compiler, "--version"]), platform.machine(), platform.system(), _processor())
+    )
     reasons = []
     for variant in _VARIANTS:
         command = [*compiler, *_FLAGS, *variant]
         name = hashlib.sha256(f"{key}\n{' '.join(command)}".encode()).hexdigest()[:32]
         try:
-            library, path = _load_or_build(command, source, f"quantizer-{name}.so")
+            library, path = _load_or_build(command, sources, f"quantizer-{name}.so")
         except NativeUnavailableError as error:
             reasons.append(str(error))
             continue
@@ -135,7 +138,7 @@ def cache_folder() -> Path | None:
     return folder
 
 
-def _load_or_build(command: list[str], source: str, name: str) -> tuple[ctypes.CDLL, Path]:
+def _load_or_build(command: list[str], sources: Mapping[str, str], name: str) -> tuple[ctypes.CDLL, Path]:
     folder = cache_folder()
     if folder is not None:
         kept = folder / name
@@ -143,25 +146,28 @@ def _load_or_build(command: list[str], source: str, name: str) -> tuple[ctypes.C
             return _load(kept), kept
         try:
             with tempfile.TemporaryDirectory(dir=folder, prefix="build-") as build:
-                _publish(_compile(command, source, Path(build)), kept)
+                _publish(_compile(command, sources, Path(build)), kept)
             return _load(kept), kept
         except OSError as error:
             logging.getLogger("geta").info("cannot keep compiled kernels in %s: %s", folder, error)
     try:
         with tempfile.TemporaryDirectory(prefix="geta-") as build:
-            built = _compile(command, source, Path(build))
+            built = _compile(command, sources, Path(build))
             return _load(built), built
     except OSError as error:
         raise NativeUnavailableError(f"no folder can be written to compile in ({error})") from error
 
 
-def _compile(command: list[str], source: str, build: Path) -> Path:
-    """Two calls, because the second must not link OpenMP."""
-    (build / "native_source.c").write_text(source, encoding="utf-8")
-    _output([*command, "-c", str(build / "native_source.c"), "-o", str(build / "kernels.o")])
+def _compile(command: list[str], sources: Mapping[str, str], build: Path) -> Path:
+    """Linked separately, because the linker must not link OpenMP."""
+    objects = []
+    for name, source in sources.items():
+        (build / name).write_text(source, encoding="utf-8")
+        objects.append(str(build / f"{name}.o"))
+        _output([*command, "-c", str(build / name), "-o", objects[-1]])
     linker = [word for word in command if word != "-fopenmp"]
     undefined = ["-undefined", "dynamic_lookup"] if platform.system() == "Darwin" else []
-    _output([*linker, "-shared", *undefined, str(build / "kernels.o"), "-o", str(build / "kernels.so"), "-lm"])
+    _output([*linker, "-shared", *undefined, *objects, "-o", str(build / "kernels.so"), "-lm"])
     return build / "kernels.so"
 
 
@@ -220,9 +226,14 @@ def _signatures() -> list[tuple[str, Sequence[type], type | None]]:
         ("geta_has_threads", [], _INT),
         ("geta_blocks", [_LONG] * 3, _LONG),
         ("geta_hash", [_POINTER, _LONG, _POINTER, _INT], ctypes.c_uint64),
+        ("geta_rows_zero", [_POINTER] * 2, None),
+        ("geta_gather", [_POINTER, _POINTER, _LONG, _INT], None),
+        ("geta_scatter", [_POINTER, _POINTER, _LONG, _INT], None),
     ]
     for kind in ("f32", "f64"):
         kernels += [(f"geta_forward_{kind}", _FORWARD, None), (f"geta_backward_{kind}", _BACKWARD, None)]
+        kernels += [(f"geta_rows_{what}_{kind}", [_POINTER] * count, None) for what, count in (("copy", 3), ("sums", 8), ("move", 8))]
+        kernels.append((f"geta_rows_scale_{kind}", [_POINTER, _POINTER, ctypes.c_double], None))
     return kernels
 
 

@@ -16,6 +16,7 @@ from geta.graph.dependency import Analysis, DependencyGraph, analysed
 from geta.graph.families import Selection
 from geta.graph.names import canonical_name, find_tensor, unwrap
 from geta.graph.preserve import mode_of
+from geta.optim.shards import is_sharded
 from geta.quant.fixed import FixedQuantizer
 from geta.quant.quantizer import Quantizer
 from geta.subnet.comparison import max_difference, needs_float64, outputs
@@ -86,6 +87,7 @@ def compact(
     Raises ConfigError for a selection that doesn't fit, BadModelError if the model changed since it was analysed.
     """
     model = unwrap(model)
+    _refuse_sharded(model)
     selection = checked_selection(model, graph, selection)
     if product not in ("graph", "eager", "auto"):
         raise ConfigError(f"product is {product!r}; it must be 'graph', 'eager' or 'auto'")
@@ -104,6 +106,15 @@ def compact(
     for note in eager.notes:
         warnings.warn(note, stacklevel=2)
     return eager.model
+
+
+def _refuse_sharded(model: nn.Module) -> None:
+    sharded = [canonical_name(name) for name, parameter in model.named_parameters() if is_sharded(parameter)]
+    if sharded:
+        raise ConfigError(
+            f"{len(sharded)} parameters are spread over several ranks (first: '{sharded[0]}'), but a compact model is cut from whole ones: "
+            "load the full state dict into an unsharded copy of the model and compact that, as docs/distributed.md shows"
+        )
 
 
 def _graph_product(model: nn.Module, graph: DependencyGraph, selection: Selection, *, integers: bool, verify: bool) -> CompactModel:

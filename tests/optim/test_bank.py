@@ -1,0 +1,70 @@
+"""Step sizes as the bank sets them: the same numbers as `geta.quant` computes, finite whatever the base optimizer proposed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from geta.optim import QASSO, Schedule
+from geta.optim.bank import QuantizerBank
+from geta.optim.forget import Forgetting
+from geta.quant import Bits, Quantizer, ops, quantize, quantizers
+from optim_nets import batch, net
+
+
+@pytest.mark.parametrize("linear", [True, False])
+@pytest.mark.parametrize("signed", [True, False])
+def test_step_sizes_are_those_of_the_quantizer(linear: bool, signed: bool) -> None:
+    ranges = [torch.tensor(0.7), torch.rand(5, 1) + 0.1]
+    found = [Quantizer(f"w{i}", "weight", Bits(4, 8), q_m, linear=linear, signed=signed) for i, q_m in enumerate(ranges)]
+    bank = QuantizerBank(found)
+    for bits in (torch.tensor([3.0, 8.0]), torch.tensor([4.5, 6.0]), bank.lower_L):
+        for _ in range(2):
+            steps = bank.step_size_of(bits, bank.read())
+            expected = [ops.step_size(b, q.q_m, q.t, signed).flatten() for b, q in zip(bits.tolist(), found, strict=True)]
+            assert torch.equal(steps, torch.cat(expected).detach())
+    if linear:
+        with torch.no_grad():
+            found[0].q_m.mul_(2.0)
+        assert bank.step_size_of(bank.lower_L, bank.read())[0] == ops.step_size(4, found[0].q_m, found[0].t, signed)
+
+
+@pytest.mark.parametrize("forgetting", ["descent", "blend", "uniform", "cosine"])
+@pytest.mark.parametrize("implementation", [{}, {"foreach": False}])
+def test_a_step_size_below_zero_comes_back_into_its_range(forgetting: Forgetting, implementation: dict[str, Any]) -> None:
+    model, graph = net()
+    quantize(model, weights=(4, 8), activations=None, exclude=())
+    base = torch.optim.SGD(model.parameters(), lr=0.01, **implementation)
+    optimizer = QASSO(base, graph, schedule=Schedule(20, warmup=1, projection=1, joint=12, joint_periods=2), forgetting=forgetting)
+    for step in range(20):
+        x, y = batch(step)
+        optimizer.zero_grad()
+        F.cross_entropy(model(x), y).backward()
+        for quantizer in quantizers(model).values():
+            quantizer.d.grad = torch.full_like(quantizer.d, 1e4)
+        optimizer.step()
+        assert all(3.999 <= bits <= 16.001 for bits in optimizer.bits.values()), (step, optimizer.bits)
+    optimizer.check()
+
+
+@pytest.mark.parametrize(
+    ("base", "expected"),
+    [
+        (lambda p: torch.optim.SGD(p, lr=0.1), {"foreach": True}),
+        (lambda p: torch.optim.AdamW(p, lr=0.1), {"fused": True}),
+        (lambda p: torch.optim.AdamW(p, lr=0.1, foreach=False), {"foreach": False, "fused": None}),
+        (lambda p: torch.optim.SGD(p, lr=0.1, fused=True), {"foreach": None, "fused": True}),
+        (lambda p: torch.optim.Adam(p, lr=0.1, capturable=True, foreach=True), {"foreach": True, "fused": None}),
+        (lambda p: torch.optim.RMSprop(p, lr=0.1), {"foreach": None}),
+    ],
+)
+def test_quantizer_parameters_are_updated_in_one_go(base: Any, expected: dict[str, Any]) -> None:
+    model, graph = net()
+    quantize(model, weights=(4, 8), activations=None, exclude=())
+    optimizer = QASSO(base(model.parameters()), graph, schedule=10)
+    others, mine = optimizer.param_groups[0], optimizer.param_groups[-1]
+    assert {key: mine[key] for key in expected} == expected
+    assert all(others[key] == optimizer.defaults[key] for key in ("foreach", "fused") if key in optimizer.defaults)
