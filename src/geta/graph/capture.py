@@ -27,7 +27,7 @@ from geta.graph.capture_fallback import follow
 from geta.graph.measure import measure
 from geta.graph.names import canonical_module, canonical_name, find_tensor, unwrap
 from geta.graph.observers import switches_as_numbers
-from geta.graph.places import first_line, line_of_error
+from geta.graph.places import LineWantedError, first_line, line_of_error, lines_recorded
 from geta.graph.preserve import garbage_kept, known_dataclasses, mode_of, preserved
 from geta.graph.regions import clean
 
@@ -86,7 +86,12 @@ def capture(
     args, kwargs = check_inputs(model, args, kwargs)
     with garbage_kept(), preserved(model), mode_of(model, train), switches_as_numbers(model), known_dataclasses(model, (args, kwargs)):
         try:
-            return _captured(model, args, kwargs, dynamic_shapes, train=train)
+            try:
+                with lines_recorded(False):
+                    return _captured(model, args, kwargs, dynamic_shapes, train=train)
+            except LineWantedError:
+                with lines_recorded(True):
+                    return _captured(model, args, kwargs, dynamic_shapes, train=train)
         except BadModelError as error:
             if dynamic_shapes or error.__cause__ is None:
                 raise

@@ -12,10 +12,10 @@ from torch import nn
 
 from geta.graph.context import INTERNAL
 from geta.graph.families import Family, Member, Role
-from geta.graph.labels import FIXED, Owner, Value, squeezed, varying
+from geta.graph.labels import FIXED, Owner, Value, squeezed
 from geta.graph.names import canonical_module, find_tensor
 from geta.graph.propagate import Propagation
-from geta.graph.solver import Partition, canonical
+from geta.graph.solver import Partition
 
 ONLY_ONE = "is a single group: removing it would remove the whole layer"
 _MIX = np.uint64(0x9E3779B97F4A7C15)
@@ -83,13 +83,15 @@ def _signatures(found: Propagation, partition: Partition) -> np.ndarray:
         if owner.tensor:
             touch(partition.root[owner.start : owner.start + owner.size], number)
     mark = len(found.space.owners)
+    known: set[bytes] = set()  # a tensor that touches what another one touches keeps nothing apart that isn't yet
     for value in found.values.values():
         for leaf in value if isinstance(value, (tuple, list)) else (value,):
             for track in leaf.tracks if isinstance(leaf, Value) else ():
-                code = canonical(partition.root, track.labels)
-                mark += 1
-                if varying(code):
-                    touch(np.unique(squeezed(code).numpy()), mark)
+                classes = np.unique(partition.root[squeezed(track.labels).numpy()])
+                if len(classes) > 1 and classes.tobytes() not in known:
+                    known.add(classes.tobytes())
+                    mark += 1
+                    touch(classes, mark)
     return signature
 
 

@@ -10,6 +10,7 @@ Label 0 means "belongs to no unit and must stay".
 from __future__ import annotations
 
 import bisect
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -62,8 +63,9 @@ class Track:
     def dims(self) -> tuple[int, ...]:
         return varying(self.code)
 
-    @property
+    @functools.cached_property
     def labels(self) -> torch.Tensor:
+        """Nobody writes into them: rules that pass a track on share it, and so does what is worked out per tensor."""
         return (squeezed(self.code) >> 1).expand(self.code.shape)
 
 

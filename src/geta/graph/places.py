@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import sysconfig
 import types
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+import torch.fx.config
 from torch import fx
 
 # Whole folders, not parts of paths: a user's own project may well lie in a folder called "torch" or "geta".
@@ -23,8 +26,28 @@ def is_user_file(name: str) -> bool:
     return not name.startswith(_STANDARD) or "site-packages" in name
 
 
+class LineWantedError(Exception):
+    """A message has to name the line of an operator, but the lines of operators weren't recorded."""
+
+
+@contextlib.contextmanager
+def lines_recorded(wanted: bool) -> Iterator[None]:
+    """Whether captures keep the line of every operator, which few messages need and which takes a tenth of their time."""
+    before = torch.fx.config.do_not_emit_stack_traces
+    torch.fx.config.do_not_emit_stack_traces = not wanted
+    try:
+        yield
+    finally:
+        torch.fx.config.do_not_emit_stack_traces = before
+
+
 def line_of(node: fx.Node) -> str:
-    """Where an operator of a captured graph is called, as " (at file:line in function)"; "" if the capture doesn't know."""
+    """Where an operator of a captured graph is called, as " (at file:line in function)"; "" if the capture can't know.
+
+    Raises LineWantedError while `lines_recorded` is off.
+    """
+    if torch.fx.config.do_not_emit_stack_traces and "stack_trace" not in node.meta:
+        raise LineWantedError
     found = ""
     for text in (node.meta.get("stack_trace") or "").splitlines():
         parts = text.strip().split('"')

@@ -7,6 +7,7 @@ Legend: a *letter* is an axis of the small index space that the operands of one 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -99,6 +100,9 @@ class Solver:
         self._swayed = False
         self._yields = np.zeros(size, dtype=bool)  # label -> its reason is a mere wish
         self._stays: tuple[np.ndarray, np.ndarray] | None = None
+        self._numbers: dict[tuple[Any, ...], tuple[int, torch.Tensor]] = {}  # by memory: number of the content, and who owns the memory
+        self._contents: dict[tuple[Any, ...], int] = {}
+        self._canonical: dict[int, torch.Tensor] = {}  # by number of the content, under the present partition
         self._soft = np.zeros(size, dtype=np.int32)  # the same for reasons that exact=False overrides
 
     def solve(self) -> Partition:
@@ -140,7 +144,21 @@ class Solver:
 
     def canonical(self, labels: torch.Tensor) -> torch.Tensor:
         """The track under the present partition, compressed."""
-        return canonical(self._root, labels)
+        number = self._number(labels)
+        known = self._canonical.get(number)
+        if known is None:
+            known = self._canonical[number] = canonical(self._root, labels)
+        return known
+
+    def _number(self, labels: torch.Tensor) -> int:
+        """The same for tracks with the same labels: most operators hand theirs on."""
+        place = labels.data_ptr(), labels.shape, labels.stride()
+        known = self._numbers.get(place)
+        if known is None:
+            small = squeezed(labels)
+            content = labels.shape, small.shape, small.numpy().tobytes()
+            known = self._numbers[place] = self._contents.setdefault(content, len(self._contents)), labels  # which keeps its memory
+        return known[0]
 
     def _join(self, left: np.ndarray, right: np.ndarray, reason: str) -> None:
         """One edge per pair; a pair with FIXED freezes its partner instead."""
@@ -181,6 +199,7 @@ class Solver:
         np.minimum.at(first, component, np.arange(size))
         self._root = first[component[self._root]]
         self._stays = None
+        self._canonical.clear()
         return True
 
     def _align(self, item: Aligned) -> bool:
