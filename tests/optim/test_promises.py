@@ -65,9 +65,7 @@ def build(rng: random.Random) -> tuple[nn.Module, tuple[int, ...]]:
     kind = rng.choice(("mlp", "cnn", "residual", "attention", "tied"))
     if kind == "mlp":
         widths = [5, *(rng.randint(3, 14) for _ in range(rng.randint(1, 3)))]
-        layers = [
-            part for a, b in pairwise(widths) for part in (nn.Linear(a, b), rng.choice((nn.ReLU, nn.GELU, nn.Tanh))())
-        ]
+        layers = [part for a, b in pairwise(widths) for part in (nn.Linear(a, b), rng.choice((nn.ReLU, nn.GELU, nn.Tanh))())]
         return nn.Sequential(*layers, nn.Linear(widths[-1], 3)), (5,)
     if kind == "cnn":
         a, b = 2 * rng.randint(2, 5), rng.randint(3, 8)

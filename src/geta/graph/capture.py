@@ -30,6 +30,7 @@ from geta.graph.observers import switches_as_numbers
 from geta.graph.places import LineWantedError, first_line, line_of_error, lines_recorded
 from geta.graph.preserve import garbage_kept, known_dataclasses, mode_of, preserved
 from geta.graph.regions import clean
+from geta.graph.shortcuts import shortcuts
 
 __all__ = ["Capture", "canonical_module", "capture", "check_inputs", "mode_of"]
 
@@ -207,7 +208,7 @@ def _at_least_two(inputs: Any) -> Any:
 
 
 def _export_once(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: Any) -> torch.export.ExportedProgram:
-    with preserved(model), _quiet(), warnings.catch_warnings(), checkpoints_inlined():
+    with preserved(model), _quiet(), warnings.catch_warnings(), checkpoints_inlined(), shortcuts():
         warnings.simplefilter("ignore")  # about tracing; those of the model itself come when the user runs it
         try:
             if isinstance(dynamic_shapes, ShapesCollection):

@@ -1,0 +1,144 @@
+"""Shapes of the commonest operators' results, found in one step while a model is captured.
+
+With a symbolic batch size PyTorch finds the shape of, say, a hardswish by running its decomposition, a dozen operators each with symbolic
+shapes of their own: 20 to 60 ms per call where one allocation of the same shape takes 0.3. These are the operators whose results look like
+their input; they made up half of the time of capturing a convolutional network. Whatever isn't plain (complex or integer tensors, shapes to be
+compared symbolically) goes PyTorch's own way, and so does everything where PyTorch lacks the table that is used here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+get_fast_op_impls: Callable[[], dict[Any, Any]] | None = None
+with contextlib.suppress(ImportError):  # in another version of PyTorch, perhaps: captures are slower then, that is all
+    from torch._subclasses.fake_impls import get_fast_op_impls
+    from torch._subclasses.fake_tensor import FakeTensor, in_kernel_invocation_manager
+
+_aten = torch.ops.aten
+
+Impl = Callable[..., Any]
+
+_POINTWISE = (
+    *("celu", "elu", "gelu", "hardsigmoid", "hardswish", "hardtanh", "leaky_relu", "log_sigmoid", "mish", "relu", "selu", "silu"),
+    *("softplus", "sigmoid", "tanh", "_softmax", "_log_softmax", "_safe_softmax"),
+)
+"""Operators whose floating-point result has the shape, strides and type of the first argument; with `_` behind it, it is that."""
+
+_LIKE_CONTIGUOUS = ("_softmax", "_log_softmax", "_safe_softmax")
+"""Of these, those whose result is contiguous."""
+
+
+@contextlib.contextmanager
+def shortcuts() -> Iterator[None]:
+    """Use them meanwhile; PyTorch's table is as before afterwards."""
+    if get_fast_op_impls is None:
+        yield
+        return
+    table = get_fast_op_impls()
+    ours = {operator: impl for operator, impl in _impls().items() if operator not in table}
+    table.update(ours)
+    try:
+        yield
+    finally:
+        for operator in ours:
+            table.pop(operator, None)
+
+
+def _impls() -> dict[Any, Impl]:
+    found: dict[Any, Impl] = {}
+    for name in _POINTWISE:
+        operator = getattr(_aten, name, None)
+        if operator is not None and "default" in operator.overloads():
+            found[operator.default] = _same(operator.default, contiguous=name in _LIKE_CONTIGUOUS)
+        in_place = getattr(_aten, f"{name}_", None)
+        if in_place is not None and "default" in in_place.overloads():
+            found[in_place.default] = _in_place(in_place.default)
+    norms = {_aten._native_batch_norm_legit_no_training.default: _batch_norm, _aten.native_layer_norm.default: _layer_norm}
+    found |= {operator: impl(operator) for operator, impl in norms.items()}
+    return found
+
+
+def _same(operator: Any, *, contiguous: bool) -> Impl:
+    def impl(mode: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
+        other_type = any(isinstance(arg, torch.dtype) or arg is True for arg in (*args, *kwargs.values()))
+        if not _plain(x) or (contiguous and other_type):
+            return _slowly(mode, operator, (x, *args), kwargs)
+        return _like(mode, x, contiguous=contiguous)
+
+    return impl
+
+
+def _in_place(operator: Any) -> Impl:
+    def impl(mode: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
+        return x if _plain(x) else _slowly(mode, operator, (x, *args), kwargs)
+
+    return impl
+
+
+def _batch_norm(operator: Any) -> Impl:
+    def impl(mode: Any, x: Any, *others: Any) -> Any:
+        given = [tensor for tensor in others[:4] if tensor is not None]  # weight, bias, running mean and variance
+        usual = x.dim() > 1 and all(_sizes_are(tensor, 0, (x.shape[1],)) for tensor in given)
+        if not usual or not _of_one_type(x, given):
+            return _slowly(mode, operator, (x, *others), {})
+        saved = 0 if x.device.type == "cpu" else x.shape[1]  # kernels differ there
+        return _like(mode, x), *(_new(mode, (saved,), x) for _ in range(2))
+
+    return impl
+
+
+def _layer_norm(operator: Any) -> Impl:
+    def impl(mode: Any, x: Any, shape: Any, *others: Any) -> Any:
+        given, first = [tensor for tensor in others[:2] if tensor is not None], x.dim() - len(shape)  # weight and bias
+        usual = 0 <= first < x.dim() and _sizes_are(x, first, shape) and all(_sizes_are(tensor, 0, shape) for tensor in given)
+        if not usual or not _of_one_type(x, given):
+            return _slowly(mode, operator, (x, shape, *others), {})
+        moments = (*x.shape[:first], *(1 for _ in shape))
+        return _like(mode, x, contiguous=True), *(_new(mode, moments, x) for _ in range(2))
+
+    return impl
+
+
+def _plain(x: Any) -> bool:
+    return isinstance(x, FakeTensor) and x.is_floating_point() and x.layout == torch.strided
+
+
+def _of_one_type(x: Any, others: list[Any]) -> bool:
+    """Whether all are of the type that statistics are computed in as well."""
+    return _plain(x) and x.dtype in (torch.float32, torch.float64) and all(_plain(tensor) and tensor.dtype == x.dtype for tensor in others)
+
+
+def _sizes_are(tensor: Tensor, first: int, sizes: Any) -> bool:
+    """Whether the sizes from dimension `first` on are these; False as well where a symbolic one would have to be compared."""
+    pairs = list(zip(tensor.shape[first:], sizes, strict=False))
+    plain = len(pairs) == len(sizes) == tensor.dim() - first and all(isinstance(a, int) and isinstance(b, int) for a, b in pairs)
+    return plain and all(a == b for a, b in pairs)
+
+
+def _like(mode: Any, x: Any, *, contiguous: bool = False) -> Any:
+    layout = torch.contiguous_format if contiguous else torch.preserve_format
+    with in_kernel_invocation_manager(mode):
+        empty = torch.empty_like(x, memory_format=layout, device="meta", requires_grad=False)
+    return FakeTensor(mode, empty, x.device)
+
+
+def _new(mode: Any, sizes: tuple[Any, ...], x: Any) -> Any:
+    return FakeTensor(mode, torch.empty(sizes, dtype=x.dtype, device="meta"), x.device)
+
+
+def _slowly(mode: Any, operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """PyTorch's own way."""
+    assert get_fast_op_impls is not None
+    table = get_fast_op_impls()
+    ours = table.pop(operator)
+    try:
+        with mode:
+            return operator(*args, **kwargs)
+    finally:
+        table[operator] = ours

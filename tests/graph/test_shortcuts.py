@@ -1,0 +1,151 @@
+"""What the shortcuts say of a result is what PyTorch says without them: shape, strides, type, device."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_impls import get_fast_op_impls
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from geta.graph import shortcuts as module
+from geta.graph.capture import capture
+from geta.graph.shortcuts import shortcuts
+
+_aten = torch.ops.aten
+_ARGUMENTS = {"_softmax": (-1, False), "_log_softmax": (1, False), "_safe_softmax": (-1,)}
+
+
+def described(found) -> list[tuple]:
+    tensors = found if isinstance(found, (tuple, list)) else (found,)
+    return [(str(t.shape), str(t.stride()), t.dtype, t.device, t.requires_grad, t.storage_offset()) for t in tensors]
+
+
+def inputs() -> dict[str, Tensor]:
+    x = torch.randn(3, 4, 5, 6)
+    return {
+        "contiguous": x,
+        "channels last": x.to(memory_format=torch.channels_last),
+        "permuted": x.permute(0, 2, 3, 1),
+        "with gaps": torch.randn(3, 8, 5, 6)[:, ::2],
+        "expanded": torch.randn(3, 4, 1, 6).expand(3, 4, 5, 6),
+        "bfloat16": x.bfloat16(),
+        "double": x.double(),
+        "meta": x.to("meta"),
+        "offset": torch.randn(4, 4, 5, 6)[1:],
+    }
+
+
+def outcome(operator, x: Tensor, *args):
+    """What a fake call on a symbolic batch gives, or the type of its error."""
+    mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
+    from torch.fx.experimental.symbolic_shapes import DimDynamic, StatelessSymbolicContext
+
+    context = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC, *[DimDynamic.STATIC] * (x.dim() - 1)])
+    fake = mode.from_tensor(x, symbolic_context=context)
+    others = [mode.from_tensor(arg) if isinstance(arg, Tensor) else arg for arg in args]
+    with mode:
+        try:
+            return described(operator(fake, *others))
+        except (RuntimeError, TypeError, AssertionError) as error:
+            return type(error)
+
+
+def both(operator, x: Tensor, *args):
+    slow = outcome(operator, x, *args)
+    with shortcuts():
+        return outcome(operator, x, *args), slow
+
+
+@pytest.mark.parametrize("name", module._POINTWISE)
+@pytest.mark.parametrize("kind", inputs())
+def test_pointwise(name, kind):
+    x = inputs()[kind]
+    for leaf in (name, f"{name}_"):
+        packet = getattr(_aten, leaf, None)
+        if packet is None or "default" not in packet.overloads():
+            continue
+        if leaf.endswith("_") and kind == "expanded":
+            continue  # can't be written to
+        fast, slow = both(packet.default, x, *_ARGUMENTS.get(name, ()))
+        assert fast == slow
+
+
+@pytest.mark.parametrize("x", [torch.arange(6).reshape(2, 3), torch.randn(2, 3, dtype=torch.complex64)], ids=["integers", "complex"])
+@pytest.mark.parametrize("name", ["sigmoid", "tanh", "relu", "hardtanh"])
+def test_other_types_go_the_slow_way(name, x):
+    fast, slow = both(getattr(_aten, name).default, x)
+    assert fast == slow
+
+
+def test_softmax_into_another_type():
+    fast, slow = both(_aten._safe_softmax.default, torch.randn(2, 3), -1, torch.float64)
+    assert fast == slow
+    assert fast[0][2] == torch.float64
+
+
+@pytest.mark.parametrize("kind", inputs())
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("other", [torch.float32, torch.bfloat16])
+def test_norms(kind, affine, other):
+    x = inputs()[kind]
+    channels, last = (torch.ones(size, dtype=other, device=x.device) for size in (x.shape[1], x.shape[-1]))
+    weight, bias = (channels, channels.clone()) if affine else (None, None)
+    statistics = (channels.clone(), channels.clone())
+    fast, slow = both(_aten._native_batch_norm_legit_no_training.default, x, weight, bias, *statistics, 0.1, 1e-5)
+    assert fast == slow
+    weight, bias = (last, last.clone()) if affine else (None, None)
+    fast, slow = both(_aten.native_layer_norm.default, x, [x.shape[-1]], weight, bias, 1e-5)
+    assert fast == slow
+
+
+@pytest.mark.parametrize("size", [3, 7])
+def test_a_wrong_size_is_refused_as_ever(size):
+    x, wrong = torch.randn(2, 4), torch.ones(size)
+    fast, slow = both(_aten.native_layer_norm.default, x, [4], wrong, wrong, 1e-5)
+    assert fast == slow
+    assert isinstance(fast, type)
+
+
+def test_the_table_is_as_before():
+    before = dict(get_fast_op_impls())
+    with shortcuts():
+        assert len(get_fast_op_impls()) > len(before)
+    assert get_fast_op_impls() == before
+
+
+def test_without_the_table(monkeypatch):
+    monkeypatch.setattr(module, "get_fast_op_impls", None)
+    with shortcuts():
+        pass
+
+
+def test_a_capture_is_the_same_without():
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Hardswish(), nn.Conv2d(8, 8, 1), nn.ReLU6(inplace=True), nn.Flatten(2), nn.LayerNorm(36)
+    )
+    model.append(nn.TransformerEncoderLayer(36, 2, 16, batch_first=True))
+
+    def nodes(patched: bool, train: bool) -> list:
+        with pytest.MonkeyPatch.context() as patch, sdpa_kernel(SDPBackend.MATH):
+            if not patched:
+                patch.setattr(module, "get_fast_op_impls", None)
+            found = capture(model, (torch.randn(2, 3, 8, 8),), train=train)
+        values = [node.meta.get("val") for node in found.graph.nodes]
+        return [
+            (node.format_node(), described(value) if isinstance(value, Tensor) else None)
+            for node, value in zip(found.graph.nodes, values, strict=True)
+        ]
+
+    for train in (False, True):
+        assert nodes(True, train) == nodes(False, train)
+
+
+def test_every_operator_of_the_list_is_one():
+    known = [name for name in module._POINTWISE if hasattr(_aten, name) or hasattr(_aten, f"{name}_")]
+    assert sorted(known) == sorted(module._POINTWISE)
+    assert len(set(itertools.chain(module._POINTWISE))) == len(module._POINTWISE)
