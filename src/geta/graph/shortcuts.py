@@ -1,9 +1,9 @@
 """Shapes of the commonest operators' results, found in one step while a model is captured.
 
-With a symbolic batch size PyTorch finds the shape of, say, a hardswish by running its decomposition, a dozen operators each with symbolic
-shapes of their own: 20 to 60 ms per call where one allocation of the same shape takes 0.3. These are the operators whose results look like
-their input; they made up half of the time of capturing a convolutional network. Whatever isn't plain (complex or integer tensors, shapes to be
-compared symbolically) goes PyTorch's own way, and so does everything where PyTorch lacks the table that is used here.
+With a symbolic batch size PyTorch finds the shape of, say, a hardswish by running its decomposition, a dozen operators each with
+symbolic shapes of their own: 20 to 60 ms per call where one allocation of the same shape takes 0.3. These are the operators whose results
+look like their input; they made up half of the time of capturing a convolutional network. Whatever isn't plain (complex or integer
+tensors, shapes to be compared symbolically) goes PyTorch's own way, and so does everything where PyTorch lacks the table used here.
 """
 
 from __future__ import annotations
