@@ -70,14 +70,16 @@ def removed_roots(analysis: Analysis, graph: DependencyGraph, selection: Selecti
                 continue  # this capture doesn't read it (running statistics in training mode, say)
             chosen[owner.start + member.index[remove].reshape(-1).numpy()] = True
     roots = np.unique(root[chosen])
+    gone = np.zeros(len(root), dtype=bool)  # a table: asking which of many labels are among many roots, by sorting, takes seconds
+    gone[roots] = True
     analysed_then = {member.param for family in graph.families if family.reason != UNUSED for member in family.members}
     for owner in starts.values():
         if owner.tensor in analysis.capture.constants:
             continue  # its name means something in this capture alone; it follows
         if owner.tensor not in analysed_then:
             continue  # attached since (step sizes per channel), or only training reads it (an auxiliary head): it follows
-        labels = np.arange(owner.start, owner.start + owner.size)
-        if (np.isin(root[labels], roots) & ~chosen[labels]).any():
+        labels = slice(owner.start, owner.start + owner.size)
+        if (gone[root[labels]] & ~chosen[labels]).any():
             raise BadModelError(
                 f"'{owner.tensor}' is coupled differently than when the graph was made; analyze the model again and select again"
             )
