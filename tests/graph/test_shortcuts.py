@@ -98,6 +98,12 @@ def test_norms(kind, affine, other):
     statistics = (channels.clone(), channels.clone())
     fast, slow = both(_aten._native_batch_norm_legit_no_training.default, x, weight, bias, *statistics, 0.1, 1e-5)
     assert fast == slow
+    for operator in (_aten._native_batch_norm_legit.default, _aten.native_batch_norm.default):
+        for training in (True, False):
+            fast, slow = both(operator, x, weight, bias, *statistics, training, 0.1, 1e-5)
+            assert fast == slow
+    fast, slow = both(_aten.native_batch_norm.default, x, weight, bias, None, None, True, 0.1, 1e-5)
+    assert fast == slow
     weight, bias = (last, last.clone()) if affine else (None, None)
     fast, slow = both(_aten.native_layer_norm.default, x, [x.shape[-1]], weight, bias, 1e-5)
     assert fast == slow

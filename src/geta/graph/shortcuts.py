@@ -59,9 +59,9 @@ def _impls() -> dict[Any, Impl]:
         in_place = getattr(_aten, f"{name}_", None)
         if in_place is not None and "default" in in_place.overloads():
             found[in_place.default] = _in_place(in_place.default)
-    norms = {_aten._native_batch_norm_legit_no_training.default: _batch_norm, _aten.native_layer_norm.default: _layer_norm}
-    found |= {operator: impl(operator) for operator, impl in norms.items()}
-    return found
+    norms = (_aten._native_batch_norm_legit_no_training, _aten._native_batch_norm_legit, _aten.native_batch_norm)
+    found |= {operator.default: _batch_norm(operator.default) for operator in norms}
+    return found | {_aten.native_layer_norm.default: _layer_norm(_aten.native_layer_norm.default)}
 
 
 def _same(operator: Any, *, contiguous: bool) -> Impl:
@@ -87,7 +87,8 @@ def _batch_norm(operator: Any) -> Impl:
         usual = x.dim() > 1 and all(_sizes_are(tensor, 0, (x.shape[1],)) for tensor in given)
         if not usual or not _of_one_type(x, given):
             return _slowly(mode, operator, (x, *others), {})
-        saved = 0 if x.device.type == "cpu" else x.shape[1]  # kernels differ there
+        training = len(others) > 6 and others[4]
+        saved = x.shape[1] if training or x.device.type != "cpu" else 0  # kernels differ there
         return _like(mode, x), *(_new(mode, (saved,), x) for _ in range(2))
 
     return impl
