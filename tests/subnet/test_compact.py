@@ -11,6 +11,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import nn
 
+import geta
 import nets
 from geta.errors import BadModelError, CheckpointError, ConfigError
 from geta.graph import analyze
@@ -320,3 +321,31 @@ def test_differences_are_measured_per_output() -> None:
     assert max_difference([small], [torch.zeros(3)])[1] == float("inf")
     assert max_difference([big], [big.repeat(2)]) == (float("inf"), float("inf"))
     assert max_difference([torch.tensor([2, 3])], [torch.tensor([2, 5])])[0] == 2
+
+
+class Auxiliary(nn.Module):
+    """A second head that only training has, as Inception has it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.head, self.other = nn.Linear(6, 12), nn.Linear(12, 8), nn.Linear(8, 3), nn.Linear(12, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor | dict[str, torch.Tensor]:
+        x = self.first(x).relu()
+        y = self.head(self.second(x).relu())
+        return {"main": y, "auxiliary": self.other(x)} if self.training else y
+
+
+def test_training_may_return_more_than_evaluation(tmp_path):
+    torch.manual_seed(0)
+    model = Auxiliary().eval()
+    graph = analyze(model, (X,))
+    selection = graph.random_selection(0.5)
+    small = compact(model, graph, selection)
+    graph.zero_(model, selection)
+    small.save(tmp_path / "small")
+    for one in (small, copy.deepcopy(small), geta.load(tmp_path / "small")):
+        torch.testing.assert_close(one.eval()(X), model.eval()(X))
+        found, expected = one.train()(X), model.train()(X)
+        assert list(found) == ["main", "auxiliary"]
+        torch.testing.assert_close(found, expected)

@@ -123,19 +123,19 @@ def _graph_product(model: nn.Module, graph: DependencyGraph, selection: Selectio
         evaluated = analysed(model, graph, train=False)
         whole = _cut(model, evaluated, graph, {}, integers=integers)
         small = _cut(model, evaluated, graph, selection, integers=integers)
-        programs, tensors = {"eval": small.program}, dict(small.tensors)
+        programs, tensors, specs = {"eval": small.program}, dict(small.tensors), {"eval": small.out_spec}
         try:
             training = analysed(model, graph, train=True)
             trained = _cut(model, training, graph, selection, integers=integers)
         except BadModelError as error:
             notes.append(f"no training graph: {error}")
         else:
-            programs["train"] = trained.program
+            programs["train"], specs["train"] = trained.program, trained.out_spec
             notes += [note for note in training.capture.notes if note not in notes]
             tensors.update({name: tensor for name, tensor in trained.tensors.items() if name not in tensors})
         info = _info(graph, selection, small.quantized, _dense_cost(model, whole, _example_leaves(graph, evaluated)), notes)
-        uncut = CompactModel({"eval": whole.program}, whole.tensors, info, out_spec=whole.out_spec) if verify else None
-        result = CompactModel(programs, tensors, info, out_spec=small.out_spec, uncut=uncut)
+        uncut = CompactModel({"eval": whole.program}, whole.tensors, info, out_specs={"eval": whole.out_spec}) if verify else None
+        result = CompactModel(programs, tensors, info, out_specs=specs, uncut=uncut)
         if uncut is not None:
             result.info = _verified(model, graph, result, uncut)
     result.train(model.training and "train" in programs)

@@ -75,8 +75,9 @@ def _reader(root: Tensors, names: list[str]) -> Callable[[], list[torch.Tensor |
 class CompactModel(nn.Module):
     """Runs a cut graph over sliced tensors. `.train()` and `.eval()` switch between two captures over the same tensors.
 
-    programs: "eval" and, if the model could be captured in training mode, "train".
+    programs: "eval" and, if the model could be captured in training mode, "train", which may return something else (auxiliary outputs).
     tensors: by the names that the programs read; integer weights as `<param>_codes` with `<param>_scale`.
+    out_specs: how each program's results are put together; None = as their JSON form says, with plain containers only.
     uncut: the zeroed model before the cut, for `verify`; it is not saved.
     """
 
@@ -88,7 +89,7 @@ class CompactModel(nn.Module):
         tensors: Mapping[str, torch.Tensor],
         info: CompactInfo,
         *,
-        out_spec: pytree.TreeSpec | None = None,
+        out_specs: Mapping[str, pytree.TreeSpec] | None = None,
         uncut: CompactModel | None = None,
     ) -> None:
         super().__init__()
@@ -100,7 +101,7 @@ class CompactModel(nn.Module):
             _add_tensor(self.net, name, tensor)
         first = programs["eval"]
         self._in_spec = rebuild(first.in_spec)
-        self._out_spec = out_spec or rebuild(first.out_spec)
+        self._out_specs = dict(out_specs or {mode: rebuild(program.out_spec) for mode, program in programs.items()})
         self._run: dict[str, Callable[..., Any]] = {mode: program.compile() for mode, program in programs.items()}
         self._run["lean"] = replace(first, graph=lean(first.graph)).compile()
         self._read = {mode: _reader(self.net, program.tensor_names()) for mode, program in programs.items()}
@@ -112,12 +113,12 @@ class CompactModel(nn.Module):
         leaves = self._flatten(args, kwargs)
         mode = self._mode()
         outputs = self._run[mode](*self._read[mode](), *leaves)
-        return pytree.tree_unflatten(pytree.tree_leaves(outputs), self._out_spec)
+        return pytree.tree_unflatten(pytree.tree_leaves(outputs), self._out_specs["train" if self.training else "eval"])
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CompactModel:
         """Copies share the programs, which never change, and own their tensors."""
         tensors = {name: copy.deepcopy(tensor, memo) for name, tensor in self.tensors().items()}
-        copied = CompactModel(self.programs, tensors, self.info, out_spec=self._out_spec, uncut=self._uncut)
+        copied = CompactModel(self.programs, tensors, self.info, out_specs=self._out_specs, uncut=self._uncut)
         nn.Module.train(copied, self.training)
         return copied
 
@@ -180,7 +181,7 @@ class CompactModel(nn.Module):
     def rebuilt(self, graphs: Mapping[str, fx.Graph], tensors: Mapping[str, torch.Tensor]) -> CompactModel:
         """The same model with other graphs (of the same inputs and outputs) and tensors."""
         programs = {mode: replace(self.programs[mode], graph=graph) for mode, graph in graphs.items()}
-        return CompactModel(programs, tensors, self.info, out_spec=self._out_spec)
+        return CompactModel(programs, tensors, self.info, out_specs=self._out_specs)
 
     def save(self, path: str | Path) -> None:
         """Write safetensors + JSON + graph, integers packed to their bits; atomic, no pickle."""

@@ -1,0 +1,166 @@
+"""Pruning and quantizing in one run against doing one after the other, at equal BOPs: `python -m bench.methods`.
+
+QASSO            bits and groups together, within a budget of BOPs
+prune, quantize  HESSO in the first half of the steps, then the compact network is trained with quantizers
+quantize, prune  trained with quantizers in the first half, then groups are removed
+HESSO + PTQ      HESSO all the time, quantizers attached afterwards and not trained
+
+All get the same number of steps, the same data and learning rate, weights of 4 bits (QASSO: 4 to 8, its own choice) and activations of 8.
+QASSO is given the budget; the others remove what lets 4-bit weights meet the same. Real BOPs of each are in the table.
+Results: bench/results/methods_<date>.md and a record per run in bench/results/methods/, which a later call reuses.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from concurrent.futures import ProcessPoolExecutor
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import geta
+from geta.report.files import prepare_folder, write_atomically, write_json
+
+from .facts import RESULTS, dated, machine, table, versions
+from .joint_stage import spread, vgg7
+from .tasks import Task, digits, quantized, text, train
+
+METHODS = ("dense", "QASSO", "prune, quantize", "quantize, prune", "HESSO + PTQ")
+STEPS = {"digits": 900, "text": 900}
+BOPS = {"digits": 0.010, "text": 0.020}
+_LOW = geta.Bits(4, 4)
+_ACTIVATIONS = geta.Bits(8, 8)
+_SHARES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+
+
+def task_named(name: str) -> Task:
+    return digits(vgg7) if name == "digits" else text()
+
+
+def run(method: str, name: str, seed: int, steps: int) -> dict[str, Any]:
+    """Train one network by one method."""
+    torch.set_num_threads(1)
+    task = task_named(name)
+    geta.seed_everything(seed)
+    model = task.build()
+    if method == "dense":
+        train(task, model, task.optimizer(model.parameters()), steps, seed=seed)
+        return {"score": task.score(model), "bops": 1.0, "removed": 0.0}
+    graph = geta.analyze(model, task.example)
+    budget = geta.Budget(bops=BOPS[name])
+    if method == "QASSO":
+        quantized(task, model, seed, weights=geta.Bits(4, 8), activations=_ACTIVATIONS)
+        optimizer = geta.QASSO(task.optimizer(model.parameters()), graph, target=budget, schedule=steps)
+        train(task, model, optimizer, steps, seed=seed)
+        return _result(task, geta.compact(model.eval(), graph), optimizer)
+    if method == "quantize, prune":
+        quantized(task, model, seed, weights=_LOW, activations=_ACTIVATIONS)
+        first = geta.QASSO(task.optimizer(model.parameters()), graph, sparsity=0.0, schedule=steps // 2)
+        train(task, model, first, steps // 2, seed=seed)
+        schedule = geta.Schedule(steps - steps // 2, warmup=0.1, projection=1, joint=0.5, initial_bits=8)
+        second = geta.QASSO(task.optimizer(_trained(model)), graph, target=budget, schedule=schedule)
+        train(task, model, second, steps - steps // 2, seed=seed + 1)
+        return _result(task, geta.compact(model.eval(), graph), second)
+    pruning = steps if method == "HESSO + PTQ" else steps // 2
+    hesso = geta.HESSO(task.optimizer(model.parameters()), graph, target=geta.Budget(macs=macs_for(task, BOPS[name])), schedule=pruning)
+    train(task, model, hesso, pruning, seed=seed)
+    small = geta.compact(model.eval(), graph, product="eager")
+    small_graph = geta.analyze(small, task.example)
+    quantized(task, small, seed, weights=_LOW, activations=_ACTIVATIONS)
+    if method == "prune, quantize":
+        qat = geta.QASSO(task.optimizer(small.parameters()), small_graph, sparsity=0.0, schedule=steps - pruning)
+        train(task, small, qat, steps - pruning, seed=seed + 1)
+    return _result(task, geta.compact(small.eval(), small_graph), hesso)
+
+
+def _trained(model: nn.Module) -> list[nn.Parameter]:
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+def _result(task: Task, small: geta.CompactModel, optimizer: Any) -> dict[str, Any]:
+    share = small.cost.relative_to(geta.cost(task.build(), task.example))["bops"]
+    done = optimizer.progress()
+    return {"score": task.score(small), "bops": share, "removed": done["pruned_groups"] / done["groups"], "notes": optimizer.notes}
+
+
+def macs_for(task: Task, bops: float) -> float:
+    """The share of MACs with which a network of 4-bit weights and 8-bit activations has this share of the dense network's BOPs.
+
+    Found on networks that lost the same share of every family: BOPs per MAC hardly depend on which groups go.
+    """
+    dense = geta.cost(task.build(), task.example)
+    known = []
+    for share in _SHARES:
+        model = task.build()
+        graph = geta.analyze(model, task.example)
+        quantized(task, model, 0, weights=_LOW, activations=_ACTIVATIONS)
+        small = geta.compact(model.eval(), graph, graph.random_selection(share), verify=False)
+        found = small.cost.relative_to(dense)
+        known.append((found["bops"], found["macs"]))
+    known.sort()
+    for (low, low_macs), (high, high_macs) in pairwise(known):
+        if low <= bops <= high:
+            return low_macs + (high_macs - low_macs) * (bops - low) / (high - low)
+    raise SystemExit(f"{task.name}: {bops:.2%} of the BOPs lie outside of what was tried, {known[0][0]:.2%} to {known[-1][0]:.2%}")
+
+
+def recorded(method: str, name: str, seed: int, steps: int, folder: Path) -> dict[str, Any]:
+    """The record of a run, from its file if it is there."""
+    path = folder / f"{name}-{method.replace(', ', '-').replace(' + ', '-')}-{steps}-{seed}.json"
+    if path.exists():
+        found: dict[str, Any] = json.loads(path.read_text())
+        return found
+    found = run(method, name, seed, steps)
+    write_json(path, found)
+    return found
+
+
+def render(name: str, records: dict[str, list[dict[str, Any]]]) -> list[str]:
+    task = task_named(name)
+    rows = []
+    for method, found in records.items():
+        columns = [[record["score"] for record in found], *([100.0 * record[key] for record in found] for key in ("bops", "removed"))]
+        rows.append([method, *(spread(column) for column in columns)])
+    best = max if task.higher else min
+    means = {method: statistics.mean(record["score"] for record in found) for method, found in records.items() if method != "dense"}
+    return [*table(("method", task.unit, "BOPs, %", "groups removed, %"), rows), "", f"Best mean: {best(means, key=means.__getitem__)}."]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tasks", nargs="+", choices=sorted(STEPS), default=sorted(STEPS))
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=0, help="steps of each run; 0 = the task's own number")
+    parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    options = parser.parse_args()
+    folder = options.out / "methods"
+    prepare_folder(folder)
+    lines = ["# One run, or one after the other", "", f"{versions('torch', 'transformers', 'geta')}; {machine()}."]
+    with ProcessPoolExecutor(options.jobs) as pool:
+        for name in options.tasks:
+            steps = options.steps or STEPS[name]
+            waiting = {
+                (method, seed): pool.submit(recorded, method, name, seed, steps, folder)
+                for method in options.methods
+                for seed in range(options.seeds)
+            }
+            records: dict[str, list[dict[str, Any]]] = {}
+            for (method, seed), future in waiting.items():
+                records.setdefault(method, []).append(future.result())
+                print(f"{name}  {method}  {seed}  {records[method][-1]['score']:.3f}", flush=True)
+            lines += ["", f"## {name}: {steps} steps, {options.seeds} seeds, mean ± standard deviation", "", *render(name, records)]
+    path = dated("methods", folder=options.out)
+    write_atomically(path, "\n".join([*lines, ""]).encode())
+    print("\n".join(lines))
+    print(path)
+
+
+if __name__ == "__main__":
+    main()
