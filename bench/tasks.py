@@ -165,7 +165,10 @@ def train(
 
 def quantized(task: Task, model: nn.Module, seed: int, **options: Any) -> None:
     """Attach quantizers; activation ranges from real batches and, where there are any, from running statistics that have seen some."""
+    if options.get("activations") is None:
+        geta.quantize(model, exclude=(), **options)
+        return
     batches = task.calibration(seed)
-    if task.normalized and options.get("activations") is not None:
+    if task.normalized:
         torch.optim.swa_utils.update_bn(batches, model)
     geta.quantize(model, calibration=batches, exclude=(), **options)

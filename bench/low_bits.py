@@ -1,0 +1,106 @@
+"""Gradients of the rounding at 2, 3 and 4 bits: straight-through, StableQAT's Fourier surrogate, DSQ: `python -m bench.low_bits`.
+
+The mean slope of a surrogate is below 1, so at the same learning rate it takes shorter steps on everything that is quantized. Two
+comparisons therefore: at the same learning rate, and at the same learning rate times mean slope, where the quantized weights' rate is
+divided by the slope. Weights are quantized by LSQ with learned scales per tensor, activations are not; all seeds start from the same
+networks. Results: bench/results/low_bits_<date>.md and a record per run in bench/results/low_bits/, which a later call reuses.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from concurrent.futures import ProcessPoolExecutor
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import geta
+from geta.quant.surrogate import Surrogate
+from geta.report.files import prepare_folder, write_atomically, write_json
+
+from .facts import RESULTS, dated, machine, table, versions
+from .joint_stage import spread
+from .methods import task_named
+from .tasks import quantized, train
+
+BITS = (2, 3, 4)
+STEPS = {"digits": 500, "text": 500}
+SURROGATES: dict[str, Surrogate] = {"STE": geta.STE(), "Fourier (StableQAT)": geta.Fourier((0.21,)), "DSQ": geta.DSQ(), "DGE": geta.DGE()}
+
+
+Case = tuple[str, int | None, bool]
+"""Which surrogate, bits (None = not quantized), whether the learning rate makes up for its slope."""
+
+
+def run(name: str, case: Case, seed: int, steps: int) -> dict[str, Any]:
+    """Train one network."""
+    surrogate, bits, matched = case
+    torch.set_num_threads(1)
+    task = task_named(name)
+    geta.seed_everything(seed)
+    model = task.build()
+    slope = 1.0
+    if bits is not None:
+        chosen = SURROGATES[surrogate]
+        quantized(task, model, seed, weights=geta.FixedBits(bits), activations=None, surrogate=chosen)
+        slope = chosen.mean_slope if matched else 1.0
+    weights = [p for n, p in model.named_parameters() if "parametrizations" in n and n.endswith("original")]
+    mine = {id(p) for p in weights}
+    others = [p for p in model.parameters() if id(p) not in mine]
+    base = task.optimizer([{"params": others}, *([{"params": weights}] if weights else [])])
+    if weights:
+        base.param_groups[1]["lr"] /= slope
+    train(task, model, base, steps, seed=seed)
+    return {"score": task.score(model), "slope": slope}
+
+
+def recorded(name: str, case: Case, seed: int, steps: int, folder: Path) -> dict[str, Any]:
+    """The record of a run, from its file if it is there."""
+    surrogate, bits, matched = case
+    path = folder / f"{name}-{surrogate.split()[0]}-{bits or 32}-{'matched' if matched else 'same'}-{steps}-{seed}.json"
+    if path.exists():
+        found: dict[str, Any] = json.loads(path.read_text())
+        return found
+    found = run(name, case, seed, steps)
+    write_json(path, found)
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tasks", nargs="+", choices=sorted(STEPS), default=sorted(STEPS))
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=0, help="steps of each run; 0 = the task's own number")
+    parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    options = parser.parse_args()
+    folder = options.out / "low_bits"
+    prepare_folder(folder)
+    lines = ["# Gradients of the rounding at low bit widths", "", f"{versions('torch', 'transformers', 'geta')}; {machine()}."]
+    with ProcessPoolExecutor(options.jobs) as pool:
+        for name in options.tasks:
+            steps, seeds = options.steps or STEPS[name], range(options.seeds)
+            cases: list[Case] = [("float", None, False), *product(SURROGATES, BITS, (False, True))]
+            # the straight-through estimator has slope 1: both comparisons are the same run
+            cases = [case for case in cases if not (case[0] == "STE" and case[2])]
+            waiting = {case: [pool.submit(recorded, name, case, seed, steps, folder) for seed in seeds] for case in cases}
+            found = {case: [future.result()["score"] for future in futures] for case, futures in waiting.items()}
+            rows = [["not quantized", "", spread(found["float", None, False]), "", ""]]
+            for matched, surrogate in product((False, True), SURROGATES):
+                kind = "equal rate times slope" if matched else "equal rate"
+                columns = [spread(found[surrogate, bits, matched and surrogate != "STE"]) for bits in BITS]
+                rows.append([surrogate, kind, *columns])
+            header = ("gradient", "compared at", *(f"{bits} bits" for bits in BITS))
+            unit = task_named(name).unit
+            lines += ["", f"## {name}: {unit}, {steps} steps, {len(seeds)} seeds", "", *table(header, rows, left=(0, 1))]
+            print("\n".join(lines), flush=True)
+    path = dated("low_bits", folder=options.out)
+    write_atomically(path, "\n".join([*lines, ""]).encode())
+    print(path)
+
+
+if __name__ == "__main__":
+    main()
