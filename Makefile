@@ -14,10 +14,18 @@ ZOO_ARGS ?=
 PEERS_ARGS ?=
 SCALE_ARGS ?=
 
-.PHONY: help demo test check format bench bench-peers bench-scale zoo fuzz clean
+STEP_ARGS ?=
+JOINT_ARGS ?=
+METHODS_ARGS ?=
+LOW_BITS_ARGS ?=
+SALIENCY_ARGS ?=
+KERNELS_ARGS ?=
+
+.PHONY: help demo test check format zoo fuzz clean
+.PHONY: bench-step bench-joint bench-methods bench-low-bits bench-saliency bench-kernels bench-peers bench-scale
 
 help:  ## list the targets
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 13
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 17
 
 .venv/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "geta needs Python 3.11 or newer: set PYTHON=...")'
@@ -41,6 +49,12 @@ help:  ## list the targets
 	PIP_DISABLE_PIP_VERSION_CHECK=1 .venv-zoo/bin/python -m pip install --quiet -e '.[zoo]' -c constraints.txt -c zoo-constraints.txt
 	@touch $@
 
+# So have the tools that training steps are compared with: they pin other versions than ours.
+.venv-peers/.stamp: $(SPEC) peers-constraints.txt
+	test -x .venv-peers/bin/python || $(PYTHON) -m venv .venv-peers
+	PIP_DISABLE_PIP_VERSION_CHECK=1 .venv-peers/bin/python -m pip install --quiet -e '.[peers]' -c peers-constraints.txt
+	@touch $@
+
 demo: .venv/.stamp-demo  ## train a dense and a self-compressing network on real digits, compare them (DEMO_ARGS="--epochs 20")
 	$(BIN)/geta demo $(DEMO_ARGS)
 
@@ -58,8 +72,23 @@ format: .venv/.stamp-dev  ## rewrite the code in the project's format
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-bench: .venv/.stamp-core  ## time one training step, plain optimizer and QASSO in each stage, side by side
-	$(BIN)/python -m bench.step_overhead
+bench-step: .venv-peers/.stamp  ## time training steps: plain, geta in each stage, other tools, side by side (STEP_ARGS="--only 'vgg*'")
+	.venv-peers/bin/python -m bench.step_overhead $(STEP_ARGS)
+
+bench-joint: .venv/.stamp-dev  ## accuracy through the joint stage on digits, four ways of forgetting, three seeds; resumable
+	$(BIN)/python -m bench.joint_stage --jobs $(WORKERS) $(JOINT_ARGS)
+
+bench-methods: .venv/.stamp-dev  ## one run against pruning and quantizing one after the other, at equal BOPs; resumable
+	$(BIN)/python -m bench.methods --jobs $(WORKERS) $(METHODS_ARGS)
+
+bench-low-bits: .venv/.stamp-dev  ## gradients of the rounding at 2, 3 and 4 bits; resumable
+	$(BIN)/python -m bench.low_bits --jobs $(WORKERS) $(LOW_BITS_ARGS)
+
+bench-saliency: .venv/.stamp-dev  ## which sign of the cosine marks unimportant groups
+	$(BIN)/python -m bench.saliency_cosine $(SALIENCY_ARGS)
+
+bench-kernels: .venv/.stamp-dev  ## the compiled quantizers against PyTorch's operators
+	$(BIN)/python -m bench.quantizer_kernels $(KERNELS_ARGS)
 
 bench-peers: .venv-zoo/.stamp  ## geta and torch-pruning on torchvision's classifiers, an hour; resumable (PEERS_ARGS="--only '*resnet*'")
 	.venv-zoo/bin/python -m bench.versus_torch_pruning $(PEERS_ARGS)
