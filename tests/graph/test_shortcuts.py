@@ -8,21 +8,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_impls import get_fast_op_impls
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from fake_calls import both, described
 from geta.graph import shortcuts as module
 from geta.graph.capture import capture
 from geta.graph.shortcuts import shortcuts
 
 _aten = torch.ops.aten
 _ARGUMENTS = {"_softmax": (-1, False), "_log_softmax": (1, False), "_safe_softmax": (-1,)}
-
-
-def described(found) -> list[tuple]:
-    tensors = found if isinstance(found, (tuple, list)) else (found,)
-    return [(str(t.shape), str(t.stride()), t.dtype, t.device, t.requires_grad, t.storage_offset()) for t in tensors]
 
 
 def inputs() -> dict[str, Tensor]:
@@ -38,27 +32,6 @@ def inputs() -> dict[str, Tensor]:
         "meta": x.to("meta"),
         "offset": torch.randn(4, 4, 5, 6)[1:],
     }
-
-
-def outcome(operator, x: Tensor, *args):
-    """What a fake call on a symbolic batch gives, or the type of its error."""
-    mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
-    from torch.fx.experimental.symbolic_shapes import DimDynamic, StatelessSymbolicContext
-
-    context = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC, *[DimDynamic.STATIC] * (x.dim() - 1)])
-    fake = mode.from_tensor(x, symbolic_context=context)
-    others = [mode.from_tensor(arg) if isinstance(arg, Tensor) else arg for arg in args]
-    with mode:
-        try:
-            return described(operator(fake, *others))
-        except (RuntimeError, TypeError, AssertionError) as error:
-            return type(error)
-
-
-def both(operator, x: Tensor, *args):
-    slow = outcome(operator, x, *args)
-    with shortcuts():
-        return outcome(operator, x, *args), slow
 
 
 @pytest.mark.parametrize("name", module._POINTWISE)

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from geta.graph.shortcut_views import BINARY, PRODUCTS, VIEWS, Layout, alike
+
 get_fast_op_impls: Callable[[], dict[Any, Any]] | None = None
 with contextlib.suppress(ImportError):  # in another version of PyTorch, perhaps: captures are slower then, that is all
     from torch._subclasses.fake_impls import get_fast_op_impls
@@ -41,17 +43,21 @@ def shortcuts() -> Iterator[None]:
         yield
         return
     table = get_fast_op_impls()
-    ours = {operator: impl for operator, impl in _impls().items() if operator not in table}
-    table.update(ours)
+    before = dict(table)
+    table.update(_impls(before))
     try:
-        yield
+        with torch._dynamo.config.patch(fake_tensor_cache_enabled=False):  # remembering a result takes longer than finding it again
+            yield
     finally:
-        for operator in ours:
-            table.pop(operator, None)
+        table.clear()
+        table.update(before)
 
 
-def _impls() -> dict[Any, Impl]:
-    found: dict[Any, Impl] = {}
+def _impls(theirs: dict[Any, Impl]) -> dict[Any, Impl]:
+    found: dict[Any, Impl] = {operator: _view(operator, layout) for operator, layout in VIEWS.items()}
+    found |= {operator: _product(operator, sizes) for operator, sizes in PRODUCTS.items()}
+    found |= {operator: _binary(theirs[operator]) for operator in BINARY if operator in theirs}
+    found[_aten.clone.default] = _clone
     for name in _POINTWISE:
         operator = getattr(_aten, name, None)
         if operator is not None and "default" in operator.overloads():
@@ -64,12 +70,46 @@ def _impls() -> dict[Any, Impl]:
     return found | {_aten.native_layer_norm.default: _layer_norm(_aten.native_layer_norm.default)}
 
 
+def _view(operator: Any, layout: Callable[..., Layout | list[Layout] | None]) -> Impl:
+    def impl(mode: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
+        found = layout(x, *args, **kwargs) if isinstance(x, FakeTensor) and x.layout == torch.strided else None
+        if found is None:
+            return _slowly(mode, operator, (x, *args), kwargs)
+        with in_kernel_invocation_manager(mode):  # where every device is the meta device
+            views = [torch.as_strided(x, *one) for one in ([found] if isinstance(found, tuple) else found)]
+        tensors = [FakeTensor(mode, one, x.device) for one in views]
+        return tensors[0] if isinstance(found, tuple) else tensors
+
+    return impl
+
+
+def _product(operator: Any, sizes: Callable[..., list[Any] | None]) -> Impl:
+    def impl(mode: Any, *args: Any, **kwargs: Any) -> Any:
+        found = sizes(*args, **kwargs) if all(_plain(arg) and arg.device == args[0].device for arg in args) else None
+        return _slowly(mode, operator, args, kwargs) if found is None else _new(mode, tuple(found), args[0])
+
+    return impl
+
+
+def _binary(theirs: Impl) -> Impl:
+    def impl(mode: Any, x: Any, other: Any, **kwargs: Any) -> Any:
+        return _like(mode, x) if _plain(x) and alike(x, other) else theirs(mode, x, other, **kwargs)
+
+    return impl
+
+
+def _clone(mode: Any, x: Any, *, memory_format: Any = None) -> Any:
+    if not _plain(x) or (memory_format is torch.channels_last and x.dim() != 4) or memory_format is torch.channels_last_3d:
+        return _slowly(mode, _aten.clone.default, (x,), {"memory_format": memory_format})
+    return _like(mode, x, memory_format or torch.preserve_format)
+
+
 def _same(operator: Any, *, contiguous: bool) -> Impl:
     def impl(mode: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
         other_type = any(isinstance(arg, torch.dtype) or arg is True for arg in (*args, *kwargs.values()))
         if not _plain(x) or (contiguous and other_type):
             return _slowly(mode, operator, (x, *args), kwargs)
-        return _like(mode, x, contiguous=contiguous)
+        return _like(mode, x, torch.contiguous_format if contiguous else torch.preserve_format)
 
     return impl
 
@@ -101,7 +141,7 @@ def _layer_norm(operator: Any) -> Impl:
         if not usual or not _of_one_type(x, given):
             return _slowly(mode, operator, (x, shape, *others), {})
         moments = (*x.shape[:first], *(1 for _ in shape))
-        return _like(mode, x, contiguous=True), *(_new(mode, moments, x) for _ in range(2))
+        return _like(mode, x, torch.contiguous_format), *(_new(mode, moments, x) for _ in range(2))
 
     return impl
 
@@ -122,8 +162,7 @@ def _sizes_are(tensor: Tensor, first: int, sizes: Any) -> bool:
     return plain and all(a == b for a, b in pairs)
 
 
-def _like(mode: Any, x: Any, *, contiguous: bool = False) -> Any:
-    layout = torch.contiguous_format if contiguous else torch.preserve_format
+def _like(mode: Any, x: Any, layout: torch.memory_format = torch.preserve_format) -> Any:
     with in_kernel_invocation_manager(mode):
         empty = torch.empty_like(x, memory_format=layout, device="meta", requires_grad=False)
     return FakeTensor(mode, empty, x.device)

@@ -1,0 +1,273 @@
+"""Views, and what else rearranges, adds or multiplies, of tensors with one symbolic size: see `geta.graph.shortcuts`.
+
+A view of a tensor is other sizes, strides and an offset on the same memory; these are computed here with plain integers, the symbolic size
+being passed on. Whatever would need a comparison or a division of symbolic sizes is declined, which is `None`.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import SymInt, Tensor
+
+_aten = torch.ops.aten
+
+Size = Any
+Layout = tuple[Sequence[Size], Sequence[Size], Size]
+"""Sizes, strides, offset."""
+
+
+def plain(size: Size) -> bool:
+    return type(size) is int
+
+
+def same(one: Size, two: Size) -> bool:
+    """Whether two sizes are surely equal; False also where that would have to be found out."""
+    if plain(one) and plain(two):
+        return bool(one == two)
+    if not isinstance(one, SymInt) or not isinstance(two, SymInt):
+        return False
+    return one is two or bool(one.node.expr == two.node.expr)
+
+
+def all_same(one: Sequence[Size], two: Sequence[Size]) -> bool:
+    return len(one) == len(two) and all(map(same, one, two))
+
+
+def contiguous(sizes: Sequence[Size]) -> list[int] | None:
+    """Strides of a contiguous tensor; None unless all sizes but the first are plain and above zero."""
+    if not all(plain(size) and size > 0 for size in sizes[1:]):
+        return None
+    strides = [1] * len(sizes)
+    for dim in range(len(sizes) - 2, -1, -1):
+        strides[dim] = strides[dim + 1] * sizes[dim + 1]
+    return strides
+
+
+def is_contiguous(x: Tensor) -> bool:
+    """Whether it surely is."""
+    expected = contiguous(x.shape)
+    return expected is not None and all(plain(stride) for stride in x.stride()) and list(x.stride()) == expected
+
+
+def _axis(x: Tensor, dim: int) -> int | None:
+    return dim % x.dim() if plain(dim) and -x.dim() <= dim < x.dim() else None
+
+
+def view(x: Tensor, sizes: Sequence[Size]) -> Layout | None:
+    """The first size may be symbolic, before and after; where it is another one afterwards, `x` has to be contiguous."""
+    if x.dim() == 0 or not sizes or contiguous(x.shape) is None:
+        return None
+    inner, found = math.prod(x.shape[1:]), list(sizes)
+    unknown = [dim for dim, size in enumerate(found) if plain(size) and size == -1]
+    if len(unknown) > 1 or not all(plain(size) and size != 0 for size in found[1:]):
+        return None
+    known = math.prod(size for size in found[1:] if size != -1)
+    if unknown == [0]:
+        if inner % known:
+            return None
+        found[0] = x.shape[0] if inner == known else x.shape[0] * (inner // known)
+    elif unknown:
+        if not same(found[0], x.shape[0]) or inner % known:
+            return None
+        found[unknown[0]] = inner // known
+    elif not (known == inner and same(found[0], x.shape[0])) and not _as_many(x.shape[0], inner, found[0], known):
+        return None
+    if is_contiguous(x):
+        strides = contiguous(found)
+        return None if strides is None else (found, strides, x.storage_offset())
+    inner_strides = _regrouped(x.shape[1:], x.stride()[1:], found[1:]) if same(found[0], x.shape[0]) else None
+    return None if inner_strides is None else (found, [x.stride(0), *inner_strides], x.storage_offset())
+
+
+def _regrouped(sizes: Sequence[int], strides: Sequence[Size], wanted: Sequence[int]) -> list[int] | None:
+    """Strides of a view with the sizes `wanted`; None where neighbouring dimensions that don't lie together would have to be joined."""
+    if not all(plain(stride) for stride in strides) or math.prod(sizes) != math.prod(wanted):
+        return None
+    found: list[int] = []
+    place = len(wanted) - 1
+    end = len(sizes) - 1
+    while end >= 0:
+        first, count = end, sizes[end]
+        while first > 0 and (sizes[first - 1] == 1 or strides[first - 1] == strides[end] * count):
+            first -= 1
+            count *= sizes[first]
+        step, taken = strides[end], 1
+        while place >= 0 and (taken < count or wanted[place] == 1):
+            found.insert(0, step * taken)
+            taken *= wanted[place]
+            place -= 1
+        if taken != count:
+            return None
+        end = first - 1
+    return found if place < 0 else None
+
+
+def _as_many(one: Size, by: int, two: Size, other: int) -> bool:
+    """Whether one * by == two * other, surely."""
+    if plain(one) and plain(two):
+        return bool(one * by == two * other)
+    expressions = [size.node.expr if isinstance(size, SymInt) else size for size in (one, two)]
+    return bool(expressions[0] * by == expressions[1] * other)
+
+
+def permute(x: Tensor, dims: Sequence[int]) -> Layout | None:
+    axes = [_axis(x, dim) for dim in dims]
+    if None in axes or sorted(axes) != list(range(x.dim())):  # type: ignore[type-var]
+        return None
+    shape, strides = x.shape, x.stride()
+    return [shape[axis] for axis in axes if axis is not None], [strides[axis] for axis in axes if axis is not None], x.storage_offset()
+
+
+def transpose(x: Tensor, one: int, two: int) -> Layout | None:
+    first, second = _axis(x, one), _axis(x, two)
+    if first is None or second is None:
+        return None
+    order = list(range(x.dim()))
+    order[first], order[second] = second, first
+    return permute(x, order)
+
+
+def matrix_transpose(x: Tensor) -> Layout | None:
+    return permute(x, (1, 0)) if x.dim() == 2 else None
+
+
+def expand(x: Tensor, sizes: Sequence[Size], *, implicit: bool = False) -> Layout | None:
+    new = len(sizes) - x.dim()
+    if new < 0 or implicit:
+        return None
+    shape, strides = x.shape, x.stride()
+    found: list[Size] = []
+    steps: list[Size] = []
+    if any(plain(size) and size < 0 for size in sizes[:new]):
+        return None
+    for size, wanted, stride in zip(shape, sizes[new:], strides, strict=True):
+        if (plain(wanted) and wanted == -1) or same(size, wanted):
+            found.append(size)
+            steps.append(stride)
+        elif plain(size) and size == 1 and not (plain(wanted) and wanted < 0):
+            found.append(wanted)
+            steps.append(0)
+        else:
+            return None
+    outer = shape[0] * strides[0] if x.dim() else 1
+    steps = [outer if plain(size) and size == 1 else 0 for size in sizes[:new]] + steps
+    return [*sizes[:new], *found], steps, x.storage_offset()
+
+
+def unsqueeze(x: Tensor, dim: int) -> Layout | None:
+    if not plain(dim) or not -x.dim() - 1 <= dim <= x.dim():
+        return None
+    axis = dim % (x.dim() + 1)
+    shape, strides = list(x.shape), list(x.stride())
+    stride = shape[axis] * strides[axis] if axis < x.dim() else 1
+    return [*shape[:axis], 1, *shape[axis:]], [*strides[:axis], stride, *strides[axis:]], x.storage_offset()
+
+
+def select(x: Tensor, dim: int, index: Size) -> Layout | None:
+    axis = _axis(x, dim)
+    if axis is None or not plain(index) or not plain(x.shape[axis]) or not -x.shape[axis] <= index < x.shape[axis]:
+        return None
+    shape, strides = list(x.shape), list(x.stride())
+    offset = x.storage_offset() + (index % shape[axis]) * strides[axis] if index % shape[axis] else x.storage_offset()
+    del shape[axis], strides[axis]
+    return shape, strides, offset
+
+
+def cut(x: Tensor, dim: int = 0, start: Size = None, end: Size = None, step: Size = 1) -> Layout | None:
+    """aten::slice."""
+    axis = _axis(x, dim)
+    if axis is None or not plain(step) or step < 1 or not all(bound is None or plain(bound) for bound in (start, end)):
+        return None
+    size = x.shape[axis]
+    shape, strides, offset = list(x.shape), list(x.stride()), x.storage_offset()
+    if not plain(size):
+        whole = start in (None, 0) and (end is None or end == sys.maxsize) and step == 1
+        return (shape, strides, offset) if whole else None
+    first, last, _ = slice(start, end).indices(size)
+    shape[axis] = max(0, -(-(last - first) // step))
+    if first:
+        offset = offset + first * strides[axis]
+    if step != 1:
+        strides[axis] = strides[axis] * step
+    return shape, strides, offset
+
+
+def unbind(x: Tensor, dim: int = 0) -> list[Layout] | None:
+    axis = _axis(x, dim)
+    return None if axis is None or not plain(x.shape[axis]) else _all([select(x, axis, index) for index in range(x.shape[axis])])
+
+
+def split_with_sizes(x: Tensor, sizes: Sequence[Size], dim: int = 0) -> list[Layout] | None:
+    axis = _axis(x, dim)
+    if axis is None or not plain(x.shape[axis]) or not all(plain(size) and size > 0 for size in sizes) or sum(sizes) != x.shape[axis]:
+        return None
+    starts = [sum(sizes[:place]) for place in range(len(sizes))]
+    return _all([cut(x, axis, start, start + size) for start, size in zip(starts, sizes, strict=True)])
+
+
+def split(x: Tensor, size: Size, dim: int = 0) -> list[Layout] | None:
+    axis = _axis(x, dim)
+    if axis is None or not plain(size) or size < 1 or not plain(x.shape[axis]) or x.shape[axis] == 0:
+        return None
+    whole = x.shape[axis]
+    return split_with_sizes(x, [min(size, whole - start) for start in range(0, whole, size)], axis)
+
+
+def _all(layouts: list[Layout | None]) -> list[Layout] | None:
+    found = [layout for layout in layouts if layout is not None]
+    return found if len(found) == len(layouts) else None
+
+
+VIEWS: dict[Any, Callable[..., Layout | list[Layout] | None]] = {
+    _aten.view.default: view,
+    _aten._unsafe_view.default: view,
+    _aten.permute.default: permute,
+    _aten.transpose.int: transpose,
+    _aten.t.default: matrix_transpose,
+    _aten.expand.default: expand,
+    _aten.unsqueeze.default: unsqueeze,
+    _aten.select.int: select,
+    _aten.slice.Tensor: cut,
+    _aten.unbind.int: unbind,
+    _aten.split_with_sizes.default: split_with_sizes,
+    _aten.split.Tensor: split,
+}
+"""Operators -> the layout, or layouts, of the result on the first argument's memory."""
+
+
+def matrix_product(a: Tensor, b: Tensor) -> list[Size] | None:
+    """Sizes of mm and bmm."""
+    if a.dim() != b.dim() or a.dtype != b.dtype or not same(a.shape[-1], b.shape[-2]) or not all_same(a.shape[:-2], b.shape[:-2]):
+        return None
+    return [*a.shape[:-1], b.shape[-1]]
+
+
+def added_matrix_product(bias: Tensor, a: Tensor, b: Tensor, *, beta: Any = 1, alpha: Any = 1) -> list[Size] | None:
+    """Sizes of addmm."""
+    ordinary = bias.dtype == a.dtype and bias.dim() == 1 and plain(beta) and plain(alpha) and a.dim() == 2
+    found = matrix_product(a, b) if ordinary else None
+    return found if found is not None and same(bias.shape[0], found[-1]) else None
+
+
+PRODUCTS: dict[Any, Callable[..., list[Size] | None]] = {
+    _aten.mm.default: matrix_product,
+    _aten.bmm.default: matrix_product,
+    _aten.addmm.default: added_matrix_product,
+}
+"""Operators whose result is contiguous and of the type of the arguments -> its sizes."""
+
+
+def alike(x: Any, other: Any) -> bool:
+    """Whether an operation with one result per element of `x` keeps its layout; `other`: a number, or a tensor laid out in the same way."""
+    if isinstance(other, Tensor):
+        twins = other.dtype == x.dtype and other.device == x.device and other.layout == torch.strided
+        return twins and all_same(x.shape, other.shape) and all_same(x.stride(), other.stride()) and is_contiguous(x)
+    return type(other) in (int, float) and is_contiguous(x)
+
+
+BINARY = (_aten.add.Tensor, _aten.sub.Tensor, _aten.mul.Tensor, _aten.div.Tensor)
