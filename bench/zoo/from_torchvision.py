@@ -24,7 +24,10 @@ _SEGMENTERS = """
 deeplabv3_mobilenet_v3_large deeplabv3_resnet101 deeplabv3_resnet50 fcn_resnet101 fcn_resnet50 lraspp_mobilenet_v3_large
 """.split()
 _VIDEOS = "mc3_18 mvit_v1_b mvit_v2_s r2plus1d_18 r3d_18 s3d swin3d_b swin3d_s swin3d_t".split()
-_HEAVY = {"regnet_y_128gf", "regnet_x_32gf", "regnet_y_32gf", "vit_h_14", "vit_l_16", "vit_l_32", "convnext_large", "efficientnet_v2_l"}
+_HEAVY = {
+    *("convnext_large", "efficientnet_v2_l", "regnet_x_32gf", "regnet_y_128gf", "regnet_y_32gf", "vit_h_14", "vit_l_16", "vit_l_32"),
+    *("mvit_v1_b", "mvit_v2_s", "swin3d_b", "swin3d_s"),
+}
 _SIDE = {"inception_v3": 299, "swin_v2_b": 256, "swin_v2_s": 256, "swin_v2_t": 256}
 _FIXED_SIZE = ("vit_", "swin_", "maxvit_")
 
