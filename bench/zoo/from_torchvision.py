@@ -54,7 +54,7 @@ def _segmenter(name: str) -> Built:
 def _video(name: str) -> Built:
     import torchvision
 
-    frames, size = (16, 224) if name.startswith("mvit") else (16, 112)
+    frames, size = (16, 224) if name.startswith(("mvit", "s3d")) else (16, 112)
     return torchvision.models.get_model(name, weights=None), (video(frames, size),), {}
 
 
