@@ -18,6 +18,7 @@ from geta.graph.backward import checkpoints_inlined
 from geta.graph.capture import capture
 from geta.graph.names import canonical_module, canonical_name, find_tensor, unwrap
 from geta.graph.places import is_user_file
+from geta.quant import quantize
 
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm` is deprecated:FutureWarning")
 
@@ -146,6 +147,17 @@ def test_export_is_preferred_where_it_works() -> None:
     model, args, kwargs = real_models.build("selects")
     captured = capture(model, args, kwargs)
     assert captured.notes == () and "aten.nonzero.default" in targets(captured.graph)
+
+
+def test_quantizers_are_seen_on_a_followed_path() -> None:
+    model, args, kwargs = real_models.build("branches")
+    plain = analyze(model, args, kwargs)
+    quantize(model, weights=(4, 8), activations=None, exclude=())
+    graph = analyze(model, args, kwargs)
+    assert "followed the path" in graph.notes[0]
+    assert "geta.fake_quantize.default" in targets(graph.analysis.capture.graph)
+    assert [family.name for family in graph.families if family.prunable] == [family.name for family in plain.families if family.prunable]
+    assert graph.num_groups == plain.num_groups > 0
 
 
 def test_dynamic_shapes_are_not_dropped_for_a_followed_path() -> None:

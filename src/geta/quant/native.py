@@ -60,6 +60,8 @@ def is_eager(*tensors: Tensor) -> bool:
         return False
     if torch._C._len_torch_dispatch_stack() or torch._C._are_functorch_transforms_active():
         return False
+    if torch._C._dispatch_tls_is_dispatch_key_included(torch._C.DispatchKey.PreDispatch):  # a tracer above autograd
+        return False
     for tensor in tensors:  # noqa: SIM110 - a generator would cost more than all the rest
         if type(tensor) is not Tensor and type(tensor) is not torch.nn.Parameter:
             return False
