@@ -201,7 +201,8 @@ def main() -> None:
         for count, (name, future) in enumerate(waiting.items(), start=1):
             records[name] = future.result()
             print(f"{count}/{len(waiting)}  {name}  {records[name].get('compact', records[name]['final']):.2f} %", flush=True)
-    facts = f"{versions('torch', 'geta')}; {machine()}; {options.epochs} epochs, batch {BATCH}, SGD with a cosine learning rate from {Setting.learning_rate}."
+    how = f"{options.epochs} epochs, batch {BATCH}, SGD with a cosine learning rate from {Setting.learning_rate}"
+    facts = f"{versions('torch', 'geta')}; {machine()}; {how}."
     lines = ["# The joint stage on digits", "", facts, "", "Mean ± standard deviation over the seeds:", "", *render(chosen, records)]
     path = dated("joint_stage", folder=options.out)
     write_atomically(path, "\n".join([*lines, ""]).encode())
