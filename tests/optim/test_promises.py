@@ -132,7 +132,8 @@ def check(seed: int) -> None:
     settings["multiple_of"] = rng.choice((1, 1, 2))
     if quantized:
         granularity = rng.choice(("tensor", "channel"))
-        geta.quantize(model, weights=weights, activations=activations, calibration=data, granularity=granularity, exclude=())
+        batches = None if activations is None else data
+        geta.quantize(model, weights=weights, activations=activations, calibration=batches, granularity=granularity, exclude=())
         settings |= {"quant_lr": 10 ** rng.uniform(-5, -3), "tighten": rng.random() < 0.5}
     optimizer = geta.QASSO(base(rng, model), graph, **settings)
     gone = torch.zeros(optimizer._index.num_groups, dtype=torch.bool)
