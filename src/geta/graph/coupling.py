@@ -41,13 +41,18 @@ def build_families(found: Propagation, partition: Partition, model: nn.Module) -
     roots, first = np.unique(partition.root[labels], return_index=True)
     order = np.argsort(first, kind="stable")
     families: dict[tuple[int, str], list[int]] = {}
+    reasons: dict[tuple[int, str], str] = {}
     for root in roots[order].tolist():
-        families.setdefault((int(signature[root]), partition.frozen.get(root, "")), []).append(root)
+        reason = partition.frozen.get(root, "")
+        # what touches the same stays together, whichever of several reasons a part of it quotes
+        key = int(signature[root]), reason if reason.startswith(INTERNAL) else "stays" if reason else ""
+        reasons.setdefault(key, reason)
+        families.setdefault(key, []).append(root)
     parts = _parts(owners, partition, families)
     demanded = _demanded(found, partition)
     built = []
-    for (key, reason), members in families.items():
-        mine = parts[(key, reason)]
+    for key, members in families.items():
+        mine, reason = parts[key], reasons[key]
         if all(part.owner.tensor in buffers for part in mine) or reason.startswith(INTERNAL):
             continue
         built.append(_family(found, partition, (members, reason), mine, (buffers, demanded, model)))
