@@ -128,11 +128,17 @@ def compare(model: nn.Module, graph: DependencyGraph, selection: Selection, smal
 
 
 def _rounding(model: nn.Module, graph: DependencyGraph, selection: Selection, inputs: Inputs, found: list[Tensor], *, train: bool) -> float:
-    """How far the zeroed model's own float32 output `found` is from what it is in float64, relative to the largest output."""
+    """How far the zeroed model's own float32 output `found` is from what it is in float64, relative to the largest output.
+
+    0 where it has no float64 output: a compact model that casts to float32 inside can't be run in another type.
+    """
     zeroed = copy.deepcopy(model).train(train)
     graph.zero_(zeroed, selection)
     wide = pytree.tree_map_only(Tensor, lambda t: t.double() if t.is_floating_point() else t, inputs)
-    return max_difference(outputs(zeroed.double(), wide), found)[1]
+    try:
+        return max_difference(outputs(zeroed.double(), wide), found)[1]
+    except RuntimeError:
+        return 0.0
 
 
 def gradients(model: nn.Module, graph: DependencyGraph, small: CompactModel) -> Figures:
