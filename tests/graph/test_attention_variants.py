@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import geta
+from geta.graph.labels import squeezed
 
 HEADS, WIDTH = 4, 8
 
@@ -91,3 +92,18 @@ def test_a_value_head_that_all_heads_share_stays_whole_and_says_why() -> None:
     graph = geta.analyze(Attention("one key"), (torch.randn(2, 5, 16),))
     stuck = [family.reason for family in graph.families if "folded together" in family.reason]
     assert stuck
+
+
+def test_labels_are_never_as_large_as_activations() -> None:
+    class Stacked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.qkv, self.out = nn.Linear(16, 48), nn.Linear(16, 16)
+
+        def forward(self, x: Tensor) -> Tensor:
+            q, k, v = self.qkv(x).unflatten(-1, (3, 4, 4)).permute(2, 0, 3, 1, 4).unbind(0)
+            return self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+    graph = geta.analyze(Stacked(), (torch.randn(2, 50, 16),))
+    found = [squeezed(freeze.labels).numel() for freeze in graph.analysis.propagation.constraints.freezes]
+    assert found and max(found) <= 48

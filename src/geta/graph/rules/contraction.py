@@ -56,7 +56,7 @@ def _reads(ctx: Context, reader: Place, source: Place, summed: Sequence[int], ra
         hopeless = doubtful & ((code & 1) == 0)
         if bool(hopeless.any()):  # only if it varies along the summed axis in the end: a head goes with its whole slice, zero or not
             reason = f"would not be zero where it is summed over in {ctx.where}"
-            ctx.constraints.freezes.append(Freeze(code >> 1, tuple(summed), reason, only=code[hopeless] >> 1))
+            ctx.constraints.freezes.append(Freeze(Track(code).labels, tuple(summed), reason, only=code[hopeless] >> 1))
     if source.value.derived:
         ctx.produce(source.value)
 

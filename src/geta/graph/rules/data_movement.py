@@ -118,9 +118,12 @@ def splits(ctx: Context) -> Any:
 
 def keep_single(ctx: Context, before: torch.Tensor, after: torch.Tensor, dim: int) -> None:
     """A single index picked out of a labelled dimension is used by itself, so it must stay."""
-    if dim in varying(compress(before)) and (after.dim() < before.dim() or after.shape[dim] == 1):
+    if after.dim() == before.dim() and after.shape[dim] != 1:
+        return
+    track = Track(compress(before))
+    if dim in track.dims:
         reason = f"is picked out by itself in {ctx.where}"
-        ctx.constraints.freezes.append(Freeze(compress(before) >> 1, (dim,), reason, only=squeezed(compress(after)) >> 1))
+        ctx.constraints.freezes.append(Freeze(track.labels, (dim,), reason, only=squeezed(compress(after)) >> 1))
 
 
 @rule("aten::slice", "aten::narrow", "aten::select")
