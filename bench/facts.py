@@ -1,18 +1,23 @@
-"""What the reports of the benches share: versions, the machine, tables, quantiles."""
+"""What the reports of the benches share: versions, the machine, tables, quantiles, records of runs."""
 
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import math
 import os
 import platform
 import re
 import signal
-from collections.abc import Iterator, Sequence
+import statistics
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from types import FrameType
+from typing import Any
+
+from geta.report.files import write_atomically, write_json
 
 RESULTS = Path(__file__).resolve().parent / "results"
 
@@ -20,6 +25,31 @@ RESULTS = Path(__file__).resolve().parent / "results"
 def dated(stem: str, suffix: str = ".md", folder: Path = RESULTS) -> Path:
     """folder/stem_<today, UTC><suffix>."""
     return folder / f"{stem}_{datetime.now(UTC):%Y-%m-%d}{suffix}"
+
+
+def written(stem: str, lines: Sequence[str], folder: Path = RESULTS) -> Path:
+    """Print a report, write it to its dated file, and say where that is."""
+    path = dated(stem, folder=folder)
+    write_atomically(path, "\n".join([*lines, ""]).encode())
+    print("\n".join(lines))
+    print(path)
+    return path
+
+
+def recorded(path: Path, run: Callable[[], dict[str, Any]], *, fresh: bool = False) -> dict[str, Any]:
+    """The record of a run, from its file if it is there; otherwise the run is made now and its record written."""
+    if path.exists() and not fresh:
+        known: dict[str, Any] = json.loads(path.read_text())
+        return known
+    found = run()
+    write_json(path, found)
+    return found
+
+
+def spread(values: Sequence[float]) -> str:
+    """Mean +- sample standard deviation."""
+    deviation = statistics.stdev(values) if len(values) > 1 else 0.0
+    return f"{statistics.mean(values):.2f} ± {deviation:.2f}"
 
 
 def versions(*packages: str) -> str:

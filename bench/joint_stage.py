@@ -10,9 +10,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import math
-import statistics
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -30,9 +28,9 @@ from geta.cli.demo_data import Digits, load_digits
 from geta.cli.demo_model import resnet20
 from geta.cli.demo_run import accuracy
 from geta.optim import Forgetting
-from geta.report.files import prepare_folder, write_atomically, write_json
+from geta.report.files import prepare_folder
 
-from .facts import RESULTS, dated, machine, table, versions
+from .facts import RESULTS, machine, recorded, spread, table, versions, written
 
 RECORDS = RESULTS / "joint_stage"
 BATCH = 64
@@ -147,15 +145,9 @@ def settings(networks: Sequence[str], rules: Sequence[Forgetting], seeds: int, e
     return dense + [Setting(network, activations, rule, seed, epochs) for network, activations, rule, seed in kinds]
 
 
-def recorded(setting: Setting, folder: Path, *, fresh: bool) -> dict[str, Any]:
+def record(setting: Setting, folder: Path, *, fresh: bool) -> dict[str, Any]:
     """The record of a run, from its file if it is there."""
-    path = folder / f"{setting.name}.json"
-    if path.exists() and not fresh:
-        found: dict[str, Any] = json.loads(path.read_text())
-        return found
-    found = run(setting)
-    write_json(path, found)
-    return found
+    return recorded(folder / f"{setting.name}.json", lambda: run(setting), fresh=fresh)
 
 
 def render(chosen: Sequence[Setting], records: dict[str, dict[str, Any]]) -> list[str]:
@@ -176,12 +168,6 @@ def render(chosen: Sequence[Setting], records: dict[str, dict[str, Any]]) -> lis
     return [*table(_HEADER, means, left=(0, 1, 2)), "", "Single runs:", "", *table(_HEADER, rows, left=(0, 1, 2))]
 
 
-def spread(values: Sequence[float]) -> str:
-    """Mean +- sample standard deviation."""
-    deviation = statistics.stdev(values) if len(values) > 1 else 0.0
-    return f"{statistics.mean(values):.2f} ± {deviation:.2f}"
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--networks", nargs="+", choices=sorted(NETWORKS), default=sorted(NETWORKS))
@@ -197,17 +183,14 @@ def main() -> None:
     prepare_folder(folder)
     records: dict[str, dict[str, Any]] = {}
     with ProcessPoolExecutor(options.jobs) as pool:
-        waiting = {setting.name: pool.submit(recorded, setting, folder, fresh=options.fresh) for setting in chosen}
+        waiting = {setting.name: pool.submit(record, setting, folder, fresh=options.fresh) for setting in chosen}
         for count, (name, future) in enumerate(waiting.items(), start=1):
             records[name] = future.result()
             print(f"{count}/{len(waiting)}  {name}  {records[name].get('compact', records[name]['final']):.2f} %", flush=True)
     how = f"{options.epochs} epochs, batch {BATCH}, SGD with a cosine learning rate from {Setting.learning_rate}"
     facts = f"{versions('torch', 'geta')}; {machine()}; {how}."
     lines = ["# The joint stage on digits", "", facts, "", "Mean ± standard deviation over the seeds:", "", *render(chosen, records)]
-    path = dated("joint_stage", folder=options.out)
-    write_atomically(path, "\n".join([*lines, ""]).encode())
-    print("\n".join(lines))
-    print(path)
+    written("joint_stage", lines, options.out)
 
 
 if __name__ == "__main__":

@@ -8,8 +8,6 @@ networks. Results: bench/results/low_bits_<date>.md and a record per run in benc
 
 from __future__ import annotations
 
-import argparse
-import json
 from concurrent.futures import ProcessPoolExecutor
 from itertools import product
 from pathlib import Path
@@ -19,12 +17,10 @@ import torch
 
 import geta
 from geta.quant.surrogate import Surrogate
-from geta.report.files import prepare_folder, write_atomically, write_json
+from geta.report.files import prepare_folder
 
-from .facts import RESULTS, dated, machine, table, versions
-from .joint_stage import spread
-from .methods import task_named
-from .tasks import quantized, train
+from .facts import machine, recorded, spread, table, versions, written
+from .tasks import quantized, task_named, task_options, train
 
 BITS = (2, 3, 4)
 STEPS = {"digits": 500, "text": 500}
@@ -57,26 +53,15 @@ def run(name: str, case: Case, seed: int, steps: int) -> dict[str, Any]:
     return {"score": task.score(model), "slope": slope}
 
 
-def recorded(name: str, case: Case, seed: int, steps: int, folder: Path) -> dict[str, Any]:
+def record(name: str, case: Case, seed: int, steps: int, folder: Path) -> dict[str, Any]:
     """The record of a run, from its file if it is there."""
     surrogate, bits, matched = case
     path = folder / f"{name}-{surrogate.split()[0]}-{bits or 32}-{'matched' if matched else 'same'}-{steps}-{seed}.json"
-    if path.exists():
-        found: dict[str, Any] = json.loads(path.read_text())
-        return found
-    found = run(name, case, seed, steps)
-    write_json(path, found)
-    return found
+    return recorded(path, lambda: run(name, case, seed, steps))
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tasks", nargs="+", choices=sorted(STEPS), default=sorted(STEPS))
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=0, help="steps of each run; 0 = the task's own number")
-    parser.add_argument("--jobs", type=int, default=2)
-    parser.add_argument("--out", type=Path, default=RESULTS)
-    options = parser.parse_args()
+    options = task_options(__doc__, sorted(STEPS)).parse_args()
     folder = options.out / "low_bits"
     prepare_folder(folder)
     lines = ["# Gradients of the rounding at low bit widths", "", f"{versions('torch', 'transformers', 'geta')}; {machine()}."]
@@ -86,7 +71,7 @@ def main() -> None:
             cases: list[Case] = [("float", None, False), *product(SURROGATES, BITS, (False, True))]
             # the straight-through estimator has slope 1: both comparisons are the same run
             cases = [case for case in cases if not (case[0] == "STE" and case[2])]
-            waiting = {case: [pool.submit(recorded, name, case, seed, steps, folder) for seed in seeds] for case in cases}
+            waiting = {case: [pool.submit(record, name, case, seed, steps, folder) for seed in seeds] for case in cases}
             found = {case: [future.result()["score"] for future in futures] for case, futures in waiting.items()}
             rows = [["not quantized", "", spread(found["float", None, False]), "", ""]]
             for matched, surrogate in product((False, True), SURROGATES):
@@ -96,10 +81,8 @@ def main() -> None:
             header = ("gradient", "compared at", *(f"{bits} bits" for bits in BITS))
             unit = task_named(name).unit
             lines += ["", f"## {name}: {unit}, {steps} steps, {len(seeds)} seeds", "", *table(header, rows, left=(0, 1))]
-            print("\n".join(lines), flush=True)
-    path = dated("low_bits", folder=options.out)
-    write_atomically(path, "\n".join([*lines, ""]).encode())
-    print(path)
+            print(f"{name}: done", flush=True)
+    written("low_bits", lines, options.out)
 
 
 if __name__ == "__main__":

@@ -12,9 +12,7 @@ Results: bench/results/methods_<date>.md and a record per run in bench/results/m
 
 from __future__ import annotations
 
-import argparse
 import functools
-import json
 import statistics
 from concurrent.futures import ProcessPoolExecutor
 from itertools import pairwise
@@ -26,11 +24,10 @@ from torch import nn
 
 import geta
 from geta.quant import quantizers
-from geta.report.files import prepare_folder, write_atomically, write_json
+from geta.report.files import prepare_folder
 
-from .facts import RESULTS, dated, machine, table, versions
-from .joint_stage import spread, vgg7
-from .tasks import Task, digits, quantized, text, train
+from .facts import machine, recorded, spread, table, versions, written
+from .tasks import Task, quantized, task_named, task_options, train
 
 METHODS = ("dense", "QASSO", "prune, quantize", "quantize, prune", "HESSO + PTQ")
 STEPS = {"digits": 900, "text": 900}
@@ -38,10 +35,6 @@ BOPS = {"digits": 0.010, "text": 0.150}
 _LOW = geta.Bits(4, 4)
 _ACTIVATIONS = geta.Bits(8, 8)
 _SHARES = (0.1, 0.3, 0.5, 0.7, 0.9)
-
-
-def task_named(name: str) -> Task:
-    return digits(vgg7) if name == "digits" else text()
 
 
 def run(method: str, name: str, seed: int, steps: int) -> dict[str, Any]:
@@ -122,15 +115,10 @@ def macs_for(name: str, bops: float) -> float:
     raise SystemExit(f"{task.name}: {bops:.2%} of the BOPs lie outside of what was tried, {known[0][0]:.2%} to {known[-1][0]:.2%}")
 
 
-def recorded(method: str, name: str, seed: int, steps: int, folder: Path) -> dict[str, Any]:
+def record(method: str, name: str, seed: int, steps: int, folder: Path) -> dict[str, Any]:
     """The record of a run, from its file if it is there."""
     path = folder / f"{name}-{method.replace(', ', '-').replace(' + ', '-')}-{steps}-{seed}.json"
-    if path.exists():
-        found: dict[str, Any] = json.loads(path.read_text())
-        return found
-    found = run(method, name, seed, steps)
-    write_json(path, found)
-    return found
+    return recorded(path, lambda: run(method, name, seed, steps))
 
 
 def render(name: str, records: dict[str, list[dict[str, Any]]]) -> list[str]:
@@ -145,13 +133,8 @@ def render(name: str, records: dict[str, list[dict[str, Any]]]) -> list[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tasks", nargs="+", choices=sorted(STEPS), default=sorted(STEPS))
+    parser = task_options(__doc__, sorted(STEPS))
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=0, help="steps of each run; 0 = the task's own number")
-    parser.add_argument("--jobs", type=int, default=2)
-    parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args()
     folder = options.out / "methods"
     prepare_folder(folder)
@@ -160,7 +143,7 @@ def main() -> None:
         for name in options.tasks:
             steps = options.steps or STEPS[name]
             waiting = {
-                (method, seed): pool.submit(recorded, method, name, seed, steps, folder)
+                (method, seed): pool.submit(record, method, name, seed, steps, folder)
                 for method in options.methods
                 for seed in range(options.seeds)
             }
@@ -169,10 +152,7 @@ def main() -> None:
                 records.setdefault(method, []).append(future.result())
                 print(f"{name}  {method}  {seed}  {records[method][-1]['score']:.3f}", flush=True)
             lines += ["", f"## {name}: {steps} steps, {options.seeds} seeds, mean ± standard deviation", "", *render(name, records)]
-    path = dated("methods", folder=options.out)
-    write_atomically(path, "\n".join([*lines, ""]).encode())
-    print("\n".join(lines))
-    print(path)
+    written("methods", lines, options.out)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import statistics
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import geta
-from bench.facts import RESULTS, dated, machine, table, versions
+from bench.facts import RESULTS, dated, machine, spread, table, versions
 from geta.cli.demo_data import Digits, load_digits
 from geta.optim import CRITERIA, GroupIndex, GroupStatistics, Saliency
 from geta.optim.saliency import DEFAULT_WEIGHTS, Criterion, group_statistics
@@ -172,7 +171,7 @@ def render(runs: Sequence[Mapping[Key, Accuracies]], facts: Sequence[str]) -> st
     rows = [
         [
             *(key.net, key.direction, f"{key.sparsity:.0%}", key.saliency),
-            *(_spread([getattr(one, part) for one in values[key]]) for part in ("dense", "pruned", "tuned")),
+            *(spread([getattr(one, part) for one in values[key]]) for part in ("dense", "pruned", "tuned")),
         ]
         for key in keys
     ]
@@ -196,14 +195,10 @@ def _paired(values: Mapping[Key, Sequence[Accuracies]]) -> list[str]:
             cells = [net, direction, f"{minus}, less {plus}"]
             for part in ("pruned", "tuned"):
                 gaps = [getattr(one, part) - getattr(other, part) for one, other in pairs]
-                cells += [_spread(gaps), f"{sum(gap > 0 for gap in gaps)} : {sum(gap < 0 for gap in gaps)}"]
+                cells += [spread(gaps), f"{sum(gap > 0 for gap in gaps)} : {sum(gap < 0 for gap in gaps)}"]
             rows.append(cells)
     header = ("net", "direction", "difference in points", "right after pruning", "won : lost", "fine-tuned", "won : lost")
     return table(header, rows, left=(0, 1, 2))
-
-
-def _spread(numbers: Sequence[float]) -> str:
-    return f"{statistics.mean(numbers):.2f} ± {statistics.stdev(numbers) if len(numbers) > 1 else 0.0:.2f}"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

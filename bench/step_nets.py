@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from bench import joint_stage
 from geta.cli.demo_model import resnet20
 
 _CLASSES = 10
@@ -49,15 +50,8 @@ class Whole(nn.Module):
 
 
 def vgg7() -> nn.Module:
-    """64-64-pool-128-128-pool-256-256-pool with BatchNorm, then a linear classifier, for one-channel 8x8 images."""
-    layers: list[nn.Module] = []
-    inputs = 1
-    for width in (64, 128, 256):
-        for _ in range(2):
-            layers += [nn.Conv2d(inputs, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU()]
-            inputs = width
-        layers.append(nn.MaxPool2d(2))
-    return Whole(*layers, nn.Flatten(), nn.Linear(256, _CLASSES))
+    """The VGG7 of `bench.joint_stage`."""
+    return Whole(*joint_stage.vgg7().children())
 
 
 class Bottleneck(nn.Module):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import functools
 import math
 import sysconfig
@@ -15,7 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import geta
-from geta.cli.demo_data import Digits, load_digits
+from geta.cli.demo_data import load_digits
+from geta.cli.demo_run import accuracy
+
+from .facts import RESULTS
+from .joint_stage import vgg7
 
 _LINES = 60_000
 _CONTEXT = 96
@@ -54,31 +59,18 @@ class Task:
 def digits(build: Callable[[], nn.Module]) -> Task:
     """Recognising the 8x8 digits of scikit-learn; accuracy on 360 held-out ones."""
     data = load_digits()
-
-    def score(model: nn.Module) -> float:
-        return _accuracy(model, data)
-
     return Task(
         "digits",
         build,
         (data.train_images[:2],),
         lambda seed: data.batches(_DIGITS_BATCH, seed),
         lambda model, x, y: F.cross_entropy(model(x), y),
-        score,
+        lambda model: accuracy(model, data),
         "accuracy, %",
         True,
         lambda groups: torch.optim.SGD(groups, lr=0.02, momentum=0.9, weight_decay=5e-4, nesterov=True),
         normalized=True,
     )
-
-
-def _accuracy(model: nn.Module, data: Digits) -> float:
-    was = model.training
-    model.eval()
-    with torch.no_grad():
-        right = (model(data.test_images).argmax(1) == data.test_labels).float().mean()
-    model.train(was)
-    return 100.0 * float(right)
 
 
 def text() -> Task:
@@ -143,6 +135,22 @@ def _characters() -> tuple[Tensor, Tensor]:
         texts[place % 10 == 9].append(path.read_text(encoding="utf-8", errors="replace"))
     codes = [torch.tensor([ord(c) if ord(c) < 128 else 0 for c in "".join(texts[held][:_LINES])]) for held in (False, True)]
     return codes[0], codes[1]
+
+
+def task_named(name: str) -> Task:
+    """ "digits", with the VGG7, or "text"."""
+    return digits(vgg7) if name == "digits" else text()
+
+
+def task_options(description: str | None, names: list[str]) -> argparse.ArgumentParser:
+    """A parser of what every comparison on these tasks can be told."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tasks", nargs="+", choices=names, default=names)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=0, help="steps of each run; 0 = the task's own number")
+    parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    return parser
 
 
 def train(

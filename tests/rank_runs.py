@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -63,13 +64,17 @@ def make(kind: str) -> tuple[nn.Module, Any]:
 
 
 def steps(model: nn.Module, optimizer: Any, first: int, last: int) -> list[float]:
+    """Steps `first` .. `last - 1` under DistributedDataParallel, where there are ranks."""
+    return trained(DistributedDataParallel(model) if dist.is_initialized() else model, optimizer, first, last)
+
+
+def trained(model: nn.Module, optimizer: Any, first: int, last: int) -> list[float]:
     """Steps `first` .. `last - 1` as every training loop has them; the losses of the global batches."""
-    outer = DistributedDataParallel(model) if dist.is_initialized() else model
     losses = []
     for step in range(first, last):
         x, y = my_part(*global_batch(step))
         optimizer.zero_grad()
-        loss = F.cross_entropy(outer(x), y)
+        loss = F.cross_entropy(model(x), y)
         loss.backward()
         if isinstance(optimizer, geta.HESSOCRIC):
             optimizer.step(loss=loss)
@@ -83,16 +88,29 @@ def steps(model: nn.Module, optimizer: Any, first: int, last: int) -> list[float
     return losses
 
 
-def outcome(model: nn.Module, optimizer: Any, losses: list[float]) -> dict[str, Any]:
-    """What a run came to."""
+def outcome(model: nn.Module, optimizer: Any, losses: list[float], weights: dict[str, Any] | None = None) -> dict[str, Any]:
+    """What a run came to. weights: the whole state of a model that is sharded."""
     optimizer.check()
     found = {
         "losses": losses,
         "selection": optimizer.selection,
-        "weights": {name: tensor.clone() for name, tensor in model.state_dict().items()},
+        "weights": {name: tensor.clone() for name, tensor in (weights or model.state_dict()).items()},
         "signed": {name: quantizer.signed for name, quantizer in quantizers(model).items()},
     }
     return {**found, "bits": optimizer.bits} if isinstance(optimizer, geta.QASSO) else found
+
+
+def same(one: dict[str, Any], two: dict[str, Any], tolerance: float) -> None:
+    """Same groups and bits; losses and weights equal to `tolerance`."""
+    assert one["selection"].keys() == two["selection"].keys()
+    for name, removed in one["selection"].items():
+        assert torch.equal(removed, two["selection"][name]), name
+    assert one["signed"] == two["signed"]
+    assert one.get("bits") == two.get("bits")
+    assert one["losses"] == pytest.approx(two["losses"], rel=tolerance, abs=0)
+    assert one["weights"].keys() == two["weights"].keys()
+    for name, tensor in one["weights"].items():
+        torch.testing.assert_close(tensor, two["weights"][name], rtol=tolerance, atol=tolerance, msg=name)
 
 
 def whole_run(kind: str) -> dict[str, Any]:

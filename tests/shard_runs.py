@@ -25,8 +25,10 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 import geta
+import rank_runs
 from geta.optim import quantizer_parameters
 from rank_runs import SCHEDULE, STEPS, global_batch, make_model, my_part
+from rank_runs import trained as steps
 
 KINDS = ["qasso", "qasso-momentum", "qasso-budget", "hesso", "hesso-fisher", "hesso-activation"]
 STOP = 25
@@ -74,27 +76,10 @@ def make(kind: str) -> tuple[nn.Module, Any]:
     return model, optimizer_of(kind, model, graph, budget)
 
 
-def steps(model: nn.Module, optimizer: Any, first: int, last: int) -> list[float]:
-    losses = []
-    for step in range(first, last):
-        x, y = my_part(*global_batch(step))
-        optimizer.zero_grad()
-        loss = F.cross_entropy(model(x), y)
-        loss.backward()
-        optimizer.step()
-        shown = loss.detach().clone()
-        if dist.is_initialized():
-            dist.all_reduce(shown)
-            shown /= dist.get_world_size()
-        losses.append(shown.item())
-    return losses
-
-
 def outcome(model: nn.Module, optimizer: Any, losses: list[float]) -> dict[str, Any]:
-    optimizer.check()
-    whole = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True)) if dist.is_initialized() else model.state_dict()
-    found = {"losses": losses, "selection": optimizer.selection, "weights": {name: value.clone() for name, value in whole.items()}}
-    return {**found, "bits": optimizer.bits} if isinstance(optimizer, geta.QASSO) else found
+    """What a run came to, with whole weights."""
+    whole = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True)) if dist.is_initialized() else None
+    return rank_runs.outcome(model, optimizer, losses, whole)
 
 
 def whole_run(kind: str) -> dict[str, Any]:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import pytest
-import torch
 
-from rank_runs import SCHEDULE, STEPS, everything, resumed_at, saved_at, whole_run
+from rank_runs import SCHEDULE, STEPS, everything, resumed_at, same, saved_at, whole_run
 from two_ranks import on_two_ranks
 
 TOLERANCE = 1e-7
@@ -28,18 +27,6 @@ def ranks(foreign, tmp_path_factory):
 @pytest.fixture(scope="module")
 def alone() -> dict[str, dict]:
     return {kind: whole_run(kind) for kind in KINDS}
-
-
-def same(one: dict, two: dict, tolerance: float) -> None:
-    """Same groups and bits; losses and weights equal to `tolerance`."""
-    assert one["selection"].keys() == two["selection"].keys()
-    for name, removed in one["selection"].items():
-        assert torch.equal(removed, two["selection"][name]), name
-    assert one["signed"] == two["signed"]
-    assert one.get("bits") == two.get("bits")
-    assert one["losses"] == pytest.approx(two["losses"], rel=tolerance, abs=0)
-    for name, tensor in one["weights"].items():
-        torch.testing.assert_close(tensor, two["weights"][name], rtol=tolerance, atol=tolerance, msg=name)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -11,7 +11,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimi
 import geta
 from geta.errors import CheckpointError, ConfigError
 from geta.optim.packed import pack, unpack
-from rank_runs import SCHEDULE, STEPS, global_batch, make_model
+from rank_runs import SCHEDULE, STEPS, global_batch, make_model, same
 from shard_runs import KINDS, STOP, everything, resumed_at, saved_at, steps, unsharded, whole_run
 from two_ranks import on_two_ranks
 
@@ -34,17 +34,6 @@ def ranks(folder):
 @pytest.fixture(scope="module")
 def alone() -> dict[str, dict]:
     return {kind: whole_run(kind) for kind in KINDS}
-
-
-def same(one: dict, two: dict, tolerance: float) -> None:
-    assert one["selection"].keys() == two["selection"].keys()
-    for name, removed in one["selection"].items():
-        assert torch.equal(removed, two["selection"][name]), name
-    assert one.get("bits") == two.get("bits")
-    assert one["losses"] == pytest.approx(two["losses"], rel=tolerance, abs=0)
-    assert one["weights"].keys() == two["weights"].keys()
-    for name, tensor in one["weights"].items():
-        torch.testing.assert_close(tensor, two["weights"][name], rtol=tolerance, atol=tolerance, msg=name)
 
 
 def rest(whole: dict) -> dict:

@@ -87,16 +87,21 @@ def capture(
     args, kwargs = check_inputs(model, args, kwargs)
     with garbage_kept(), preserved(model), mode_of(model, train), switches_as_numbers(model), known_dataclasses(model, (args, kwargs)):
         try:
-            try:
-                with lines_recorded(False):
-                    return _captured(model, args, kwargs, dynamic_shapes, train=train)
-            except LineWantedError:
-                with lines_recorded(True):
-                    return _captured(model, args, kwargs, dynamic_shapes, train=train)
+            return _exported(model, args, kwargs, dynamic_shapes, train=train)
         except BadModelError as error:
             if dynamic_shapes or error.__cause__ is None:
                 raise
             return _followed(model, args, kwargs, error, train=train)
+
+
+def _exported(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: Any, *, train: bool) -> Capture:
+    """Captured by torch.export; a second time with the lines of all operators if a message has to name one."""
+    try:
+        with lines_recorded(False):
+            return _captured(model, args, kwargs, dynamic_shapes, train=train)
+    except LineWantedError:
+        with lines_recorded(True):
+            return _captured(model, args, kwargs, dynamic_shapes, train=train)
 
 
 def _captured(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: Any, *, train: bool) -> Capture:
@@ -130,7 +135,8 @@ def _followed(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], r
     reason = refused.__cause__
     assert reason is not None
     try:
-        found = follow(model, args, kwargs)
+        with lines_recorded(True):
+            found = follow(model, args, kwargs)
         names = {node: _own_name(name, train=train) for node, name in found.tensor_names.items()}
         constants = {_own_name(name, train=train): value for name, value in found.constants.items()}
     except UnsupportedOpError:

@@ -75,7 +75,7 @@ def view(x: Tensor, sizes: Sequence[Size]) -> Layout | None:
         if not same(found[0], x.shape[0]) or inner % known:
             return None
         found[unknown[0]] = inner // known
-    elif not (known == inner and same(found[0], x.shape[0])) and not _as_many(x.shape[0], inner, found[0], known):
+    elif not _as_many(x.shape[0], inner, found[0], known):
         return None
     if is_contiguous(x):
         strides = contiguous(found)

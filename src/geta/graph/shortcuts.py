@@ -13,9 +13,8 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from geta.graph.shortcut_views import BINARY, PRODUCTS, VIEWS, Layout, alike
+from geta.graph.shortcut_views import BINARY, PRODUCTS, VIEWS, Layout, alike, all_same
 
 get_fast_op_impls: Callable[[], dict[Any, Any]] | None = None
 with contextlib.suppress(ImportError):  # in another version of PyTorch, perhaps: captures are slower then, that is all
@@ -124,7 +123,7 @@ def _in_place(operator: Any) -> Impl:
 def _batch_norm(operator: Any) -> Impl:
     def impl(mode: Any, x: Any, *others: Any) -> Any:
         given = [tensor for tensor in others[:4] if tensor is not None]  # weight, bias, running mean and variance
-        usual = x.dim() > 1 and all(_sizes_are(tensor, 0, (x.shape[1],)) for tensor in given)
+        usual = x.dim() > 1 and all(all_same(tensor.shape, (x.shape[1],)) for tensor in given)
         if not usual or not _of_one_type(x, given):
             return _slowly(mode, operator, (x, *others), {})
         training = len(others) > 6 and others[4]
@@ -137,7 +136,7 @@ def _batch_norm(operator: Any) -> Impl:
 def _layer_norm(operator: Any) -> Impl:
     def impl(mode: Any, x: Any, shape: Any, *others: Any) -> Any:
         given, first = [tensor for tensor in others[:2] if tensor is not None], x.dim() - len(shape)  # weight and bias
-        usual = 0 <= first < x.dim() and _sizes_are(x, first, shape) and all(_sizes_are(tensor, 0, shape) for tensor in given)
+        usual = 0 <= first < x.dim() and all(all_same(sizes, shape) for sizes in (x.shape[first:], *(tensor.shape for tensor in given)))
         if not usual or not _of_one_type(x, given):
             return _slowly(mode, operator, (x, shape, *others), {})
         moments = (*x.shape[:first], *(1 for _ in shape))
@@ -153,13 +152,6 @@ def _plain(x: Any) -> bool:
 def _of_one_type(x: Any, others: list[Any]) -> bool:
     """Whether all are of the type that statistics are computed in as well."""
     return _plain(x) and x.dtype in (torch.float32, torch.float64) and all(_plain(tensor) and tensor.dtype == x.dtype for tensor in others)
-
-
-def _sizes_are(tensor: Tensor, first: int, sizes: Any) -> bool:
-    """Whether the sizes from dimension `first` on are these; False as well where a symbolic one would have to be compared."""
-    pairs = list(zip(tensor.shape[first:], sizes, strict=False))
-    plain = len(pairs) == len(sizes) == tensor.dim() - first and all(isinstance(a, int) and isinstance(b, int) for a, b in pairs)
-    return plain and all(a == b for a, b in pairs)
 
 
 def _like(mode: Any, x: Any, layout: torch.memory_format = torch.preserve_format) -> Any:

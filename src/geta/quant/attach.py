@@ -262,12 +262,4 @@ def _detach_weight(module: nn.Module, leaf: str, order: Sequence[str]) -> None:
 
 def _quantize_input(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Forward pre-hook; it looks the quantizer up in the module, so that a deep copy uses its own."""
-    quantizer = getattr(module, INPUT_QUANTIZER)
-    if (
-        len(args) == 1
-        and isinstance(args[0], torch.Tensor)
-        and args[0].is_floating_point()
-        and not isinstance(module, nn.MultiheadAttention)
-    ):
-        return (quantizer(args[0]),), kwargs  # what map_inputs gives, without its search
-    return map_inputs(module, args, kwargs, quantizer)
+    return map_inputs(module, args, kwargs, getattr(module, INPUT_QUANTIZER))

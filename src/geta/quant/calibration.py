@@ -34,7 +34,7 @@ class RangeObserver:
     Rule: q_m = mean over the batches of the `percentile`-th percentile of |x|; of several inputs within one batch (attention's query, key
     and value, a module that is called more than once) the largest percentile counts. percentile = 100, or a percentile of zero (almost
     all values are zero), gives q_m = max |x| over all batches; all values zero gives 1. Signed if any value was below zero. The mean of |x|
-    is over all elements of all batches, 1 if all are zero. Every rank's batches count (`share`).
+    is over all elements of all batches, 1 if all are zero. Every rank's batches count (`summary`, `adopt`).
     """
 
     def __init__(self, percentile: float) -> None:
@@ -117,7 +117,6 @@ def map_inputs(
     Data inputs are the first argument or, for `nn.MultiheadAttention`, query, key and value. A tensor that is passed twice stays one
     tensor, because attention takes another path when query, key and value differ.
     """
-    attention = isinstance(module, nn.MultiheadAttention)
     done: list[tuple[Tensor, Tensor]] = []  # not a dict by id(): torch.compile would trace again for every new tensor
 
     def convert(value: Any) -> Any:
@@ -129,15 +128,13 @@ def map_inputs(
         done.append((value, function(value)))
         return done[-1][1]
 
-    count = len(_ATTENTION_INPUTS) if attention else 1
+    count, names = 0, tuple(kwargs)[:1]
+    if isinstance(module, nn.MultiheadAttention):
+        count, names = len(_ATTENTION_INPUTS), _ATTENTION_INPUTS
+    elif args:
+        return (convert(args[0]), *args[1:]), kwargs
     new_args = (*(convert(value) for value in args[:count]), *args[count:])
-    names: Sequence[str] = ()
-    if attention:
-        names = _ATTENTION_INPUTS
-    elif not args:
-        names = list(kwargs)[:1]
-    new_kwargs = {key: convert(value) if key in names else value for key, value in kwargs.items()}
-    return new_args, new_kwargs
+    return new_args, {key: convert(value) if key in names else value for key, value in kwargs.items()}
 
 
 def calibrate(model: nn.Module, layers: Sequence[Layer], batches: Iterable[Any], *, percentile: float, limit: int) -> dict[str, Range]:
