@@ -261,3 +261,12 @@ def test_rounding_is_excused_only_when_the_model_itself_rounds_as_much(rounding:
     excuse_rounding(record)
     assert record["ok"] is fine and part["ok"] is fine
     assert ("note" in part) is fine
+
+
+@pytest.mark.parametrize("checked", [True, False])
+def test_a_second_cut_may_round_like_the_first_if_float64_says_that_it_is_exact(checked: bool) -> None:
+    again = {"ok": False, "error": "compact differs", "difference": 1.2e-4, "rounding": 0.0}
+    wide = {"eval 1": {"ok": True}} | ({"again": {"ok": True}} if checked else {})
+    record: dict[str, Any] = {"ok": False, "parts": {"eval 1": {"ok": True, "rounding": 2e-4}, "again": again}, "float64": wide}
+    excuse_rounding(record)
+    assert record["ok"] is checked

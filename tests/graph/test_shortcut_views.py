@@ -1,4 +1,4 @@
-"""Views and products on random layouts: with the shortcuts as without, to the last stride, or the same error."""
+"""Views on random layouts: with the shortcuts as without, to the last stride, or the same error."""
 
 from __future__ import annotations
 
@@ -9,29 +9,10 @@ import torch
 from torch import Tensor
 
 from fake_calls import both
-from geta.graph.shortcut_views import BINARY, PRODUCTS, VIEWS
+from geta.graph.shortcut_views import VIEWS
+from random_layouts import laid_out
 
 _aten = torch.ops.aten
-
-
-def laid_out(rng: random.Random) -> Tensor:
-    """A tensor of 1 to 5 dimensions: contiguous, permuted, sliced, expanded or with sizes of one."""
-    sizes = [rng.choice((2, 3, 4))] + [rng.choice((1, 2, 3, 4, 6)) for _ in range(rng.randint(0, 4))]
-    x = torch.randn(sizes, dtype=rng.choice((torch.float32, torch.float64)))
-    for _ in range(rng.randint(0, 2)):
-        kind = rng.choice(("permute", "slice", "expand", "select", "channels"))
-        if kind == "permute" and x.dim() > 2:
-            x = x.permute(0, *rng.sample(range(1, x.dim()), x.dim() - 1))
-        elif kind == "slice":
-            dim = rng.randrange(x.dim())
-            x = x.narrow(dim, x.shape[dim] // 3, max(1, x.shape[dim] - x.shape[dim] // 3))
-        elif kind == "expand" and x.dim() > 1:
-            x = x.unsqueeze(1).expand(x.shape[0], rng.randint(1, 3), *x.shape[1:])
-        elif kind == "select" and x.dim() > 2:
-            x = x.select(rng.randrange(1, x.dim()), 0)
-        elif kind == "channels" and x.dim() == 4:
-            x = x.contiguous(memory_format=torch.channels_last)
-    return x
 
 
 def factors(rng: random.Random, number: int) -> list[int]:
@@ -93,36 +74,6 @@ def test_views(operator):
         assert fast == slow, (x.shape, x.stride(), given)
         good += isinstance(fast, list)
     assert good > 15
-
-
-@pytest.mark.parametrize("operator", PRODUCTS, ids=str)
-def test_products(operator):
-    rng = random.Random(3)
-    for _ in range(30):
-        batch, rows, inner, columns = 2, rng.randint(1, 4), rng.randint(1, 4), rng.randint(1, 4)
-        wrong = inner + (rng.random() < 0.1)
-        a, b = torch.randn(batch, rows, inner), torch.randn(batch, wrong, columns)
-        if operator is _aten.bmm.default:
-            given = [a, b if rng.random() < 0.5 else torch.randn(batch, columns, wrong).transpose(1, 2)]
-        else:
-            given = [a[0], b[0] if rng.random() < 0.5 else b[0].double()]
-        if operator is _aten.addmm.default:
-            given = [torch.randn(rng.choice((columns, 1))), *given]
-        fast, slow = both(operator, *given)
-        if isinstance(slow, list):
-            assert fast == slow
-        else:
-            assert isinstance(fast, type)
-
-
-@pytest.mark.parametrize("operator", BINARY, ids=str)
-def test_binary(operator):
-    rng = random.Random(5)
-    for _ in range(60):
-        x = laid_out(rng)
-        others = [x.clone(), x, 2.0, 3, torch.randn(x.shape[-1]), torch.tensor(2.0), torch.arange(x.shape[-1]), x.double(), 1j, True]
-        fast, slow = both(operator, x, rng.choice(others))
-        assert fast == slow
 
 
 @pytest.mark.parametrize("memory_format", [None, torch.preserve_format, torch.contiguous_format, torch.channels_last])

@@ -16,7 +16,14 @@ from geta.graph.capture import capture
 from geta.graph.shortcuts import shortcuts
 
 _aten = torch.ops.aten
-_ARGUMENTS = {"_softmax": (-1, False), "_log_softmax": (1, False), "_safe_softmax": (-1,)}
+_ARGUMENTS = {
+    "_softmax": (-1, False),
+    "_log_softmax": (1, False),
+    "_safe_softmax": (-1,),
+    "clamp": (-1, 2.5),
+    "clamp_max": (0.5,),
+    "clamp_min": (0,),
+}
 
 
 def inputs() -> dict[str, Tensor]:
@@ -31,6 +38,8 @@ def inputs() -> dict[str, Tensor]:
         "double": x.double(),
         "meta": x.to("meta"),
         "offset": torch.randn(4, 4, 5, 6)[1:],
+        "one channel": torch.randn(3, 5, 1, 6).transpose(1, 2),
+        "one of many": torch.randn(3, 4, 5, 6)[:, :1],
     }
 
 

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+import geta
 from geta.errors import ConfigError
 from geta.graph.families import Family, Member
 from geta.optim import QASSO, Schedule
@@ -227,3 +228,44 @@ def test_unknown_rules_are_refused():
     model, graph = build()
     with pytest.raises(ConfigError, match="forgetting is 'slow': it must be one of descent, uniform, cosine, blend"):
         one_period(model, graph, "slow")
+
+
+@pytest.mark.parametrize("forgetting", ["descent", "uniform", "cosine", "blend"])
+def test_rows_that_a_batch_normalization_scales_wait_for_the_last_step(forgetting):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(288, 2))
+    graph = geta.analyze(model, (torch.randn(2, 1, 8, 8),))
+    base, optimizer = one_period(model, graph, forgetting, joint=10)
+    base.deltas = {}
+    before = model[0].weight.detach().clone()
+    for _ in range(9):
+        optimizer.step()
+        remove = next(iter(optimizer.redundant.values()))
+        assert torch.equal(model[0].weight[remove], before[remove]) == (forgetting != "descent")
+    assert float(model[1].weight.detach()[remove].abs().max()) < 1.0
+    optimizer.step()
+    remove = next(iter(optimizer.selection.values()))
+    assert not model[0].weight[remove].any()
+    assert not model[1].weight[remove].any()
+
+
+def test_running_statistics_stay_true_while_groups_are_forgotten():
+    """In evaluation mode as in training mode: what is being forgotten leaves no variance behind that it no longer has."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(1, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(288, 2))
+    images = torch.randn(32, 1, 8, 8)
+    graph = geta.analyze(model, (images,))
+    optimizer = QASSO(
+        torch.optim.SGD(model.parameters(), lr=0.01),
+        graph,
+        sparsity=0.5,
+        schedule=Schedule(140, warmup=60, projection=0, joint=40, joint_periods=1),
+    )
+    for step in range(95):
+        optimizer.zero_grad()
+        model(images).square().mean().backward()
+        optimizer.step()
+        if step > 60:
+            with torch.no_grad():
+                variance = model[0](images).transpose(0, 1).flatten(1).var(1)
+            torch.testing.assert_close(model[1].running_var, variance, rtol=0.05, atol=0)

@@ -23,6 +23,7 @@ from torch.export.graph_signature import InputKind
 
 from geta.errors import BadModelError, UnsupportedOpError
 from geta.graph.backward import backward_notes, checkpoints_inlined
+from geta.graph.bookkeeping import without_bookkeeping
 from geta.graph.capture_fallback import follow
 from geta.graph.measure import measure
 from geta.graph.names import canonical_module, canonical_name, find_tensor, unwrap
@@ -214,7 +215,7 @@ def _at_least_two(inputs: Any) -> Any:
 
 
 def _export_once(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: Any) -> torch.export.ExportedProgram:
-    with preserved(model), _quiet(), warnings.catch_warnings(), checkpoints_inlined(), shortcuts():
+    with preserved(model), _quiet(), warnings.catch_warnings(), checkpoints_inlined(), shortcuts(), without_bookkeeping():
         warnings.simplefilter("ignore")  # about tracing; those of the model itself come when the user runs it
         try:
             if isinstance(dynamic_shapes, ShapesCollection):

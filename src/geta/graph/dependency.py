@@ -19,6 +19,7 @@ from geta.graph.coupling import build_families
 from geta.graph.explain import Explanation, explain
 from geta.graph.families import Family, Member, Selection
 from geta.graph.fingerprint import fingerprint
+from geta.graph.gates import with_gates
 from geta.graph.limits import Limits, protect_tensors, restrict, suggest, unused_granularity
 from geta.graph.names import find_tensor, first_names, unwrap
 from geta.graph.page import build_page
@@ -250,7 +251,7 @@ def analyze(
     solved = analyse_capture(model, captured, exact=exact, limits=limits)
     found = solved.propagation
     families = restrict(build_families(found, solved.partition, model), limits)
-    families = suggest(families, found, limits, _loosened(solved) if exact else None)
+    families = with_gates(suggest(families, found, limits, _loosened(solved) if exact else None), captured)
     notes = [*captured.notes, *unused_granularity(found, limits)]
     view = build_view(solved, families)
     example = Example(args, kwargs, dynamic_shapes, exact, limits)

@@ -46,6 +46,7 @@ class Family:
     members:   everything that shrinks when a group is removed.
     inexact:   why removal changes the result (only with `analyze(exact=False)`), else "".
     suggestion: for a family that can't be pruned, what would make it prunable, in words; "" when nothing is known.
+    gated:     parameters among the members whose rows count for nothing once others of the group are zero (`geta.graph.gates`).
     """
 
     name: str
@@ -56,6 +57,7 @@ class Family:
     members: tuple[Member, ...]
     inexact: str = ""
     suggestion: str = ""
+    gated: frozenset[str] = frozenset()
 
     def summary(self) -> dict[str, Any]:
         """All but the members, as plain data."""

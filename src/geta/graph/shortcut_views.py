@@ -1,4 +1,4 @@
-"""Views, and what else rearranges, adds or multiplies, of tensors with one symbolic size: see `geta.graph.shortcuts`.
+"""Views of tensors with one symbolic size: see `geta.graph.shortcuts`.
 
 A view of a tensor is other sizes, strides and an offset on the same memory; these are computed here with plain integers, the symbolic size
 being passed on. Whatever would need a comparison or a division of symbolic sizes is declined, which is `None`.
@@ -54,7 +54,7 @@ def is_contiguous(x: Tensor) -> bool:
     return expected is not None and all(plain(stride) for stride in x.stride()) and list(x.stride()) == expected
 
 
-def _axis(x: Tensor, dim: int) -> int | None:
+def axis_of(x: Tensor, dim: int) -> int | None:
     return dim % x.dim() if plain(dim) and -x.dim() <= dim < x.dim() else None
 
 
@@ -116,7 +116,7 @@ def _as_many(one: Size, by: int, two: Size, other: int) -> bool:
 
 
 def permute(x: Tensor, dims: Sequence[int]) -> Layout | None:
-    axes = [_axis(x, dim) for dim in dims]
+    axes = [axis_of(x, dim) for dim in dims]
     if None in axes or sorted(axes) != list(range(x.dim())):  # type: ignore[type-var]
         return None
     shape, strides = x.shape, x.stride()
@@ -124,7 +124,7 @@ def permute(x: Tensor, dims: Sequence[int]) -> Layout | None:
 
 
 def transpose(x: Tensor, one: int, two: int) -> Layout | None:
-    first, second = _axis(x, one), _axis(x, two)
+    first, second = axis_of(x, one), axis_of(x, two)
     if first is None or second is None:
         return None
     order = list(range(x.dim()))
@@ -169,7 +169,7 @@ def unsqueeze(x: Tensor, dim: int) -> Layout | None:
 
 
 def select(x: Tensor, dim: int, index: Size) -> Layout | None:
-    axis = _axis(x, dim)
+    axis = axis_of(x, dim)
     if axis is None or not plain(index) or not plain(x.shape[axis]) or not -x.shape[axis] <= index < x.shape[axis]:
         return None
     shape, strides = list(x.shape), list(x.stride())
@@ -180,7 +180,7 @@ def select(x: Tensor, dim: int, index: Size) -> Layout | None:
 
 def cut(x: Tensor, dim: int = 0, start: Size = None, end: Size = None, step: Size = 1) -> Layout | None:
     """aten::slice."""
-    axis = _axis(x, dim)
+    axis = axis_of(x, dim)
     if axis is None or not plain(step) or step < 1 or not all(bound is None or plain(bound) for bound in (start, end)):
         return None
     size = x.shape[axis]
@@ -198,12 +198,12 @@ def cut(x: Tensor, dim: int = 0, start: Size = None, end: Size = None, step: Siz
 
 
 def unbind(x: Tensor, dim: int = 0) -> list[Layout] | None:
-    axis = _axis(x, dim)
+    axis = axis_of(x, dim)
     return None if axis is None or not plain(x.shape[axis]) else _all([select(x, axis, index) for index in range(x.shape[axis])])
 
 
 def split_with_sizes(x: Tensor, sizes: Sequence[Size], dim: int = 0) -> list[Layout] | None:
-    axis = _axis(x, dim)
+    axis = axis_of(x, dim)
     if axis is None or not plain(x.shape[axis]) or not all(plain(size) and size > 0 for size in sizes) or sum(sizes) != x.shape[axis]:
         return None
     starts = [sum(sizes[:place]) for place in range(len(sizes))]
@@ -211,7 +211,7 @@ def split_with_sizes(x: Tensor, sizes: Sequence[Size], dim: int = 0) -> list[Lay
 
 
 def split(x: Tensor, size: Size, dim: int = 0) -> list[Layout] | None:
-    axis = _axis(x, dim)
+    axis = axis_of(x, dim)
     if axis is None or not plain(size) or size < 1 or not plain(x.shape[axis]) or x.shape[axis] == 0:
         return None
     whole = x.shape[axis]
@@ -238,36 +238,3 @@ VIEWS: dict[Any, Callable[..., Layout | list[Layout] | None]] = {
     _aten.split.Tensor: split,
 }
 """Operators -> the layout, or layouts, of the result on the first argument's memory."""
-
-
-def matrix_product(a: Tensor, b: Tensor) -> list[Size] | None:
-    """Sizes of mm and bmm."""
-    if a.dim() != b.dim() or a.dtype != b.dtype or not same(a.shape[-1], b.shape[-2]) or not all_same(a.shape[:-2], b.shape[:-2]):
-        return None
-    return [*a.shape[:-1], b.shape[-1]]
-
-
-def added_matrix_product(bias: Tensor, a: Tensor, b: Tensor, *, beta: Any = 1, alpha: Any = 1) -> list[Size] | None:
-    """Sizes of addmm."""
-    ordinary = bias.dtype == a.dtype and bias.dim() == 1 and plain(beta) and plain(alpha) and a.dim() == 2
-    found = matrix_product(a, b) if ordinary else None
-    return found if found is not None and same(bias.shape[0], found[-1]) else None
-
-
-PRODUCTS: dict[Any, Callable[..., list[Size] | None]] = {
-    _aten.mm.default: matrix_product,
-    _aten.bmm.default: matrix_product,
-    _aten.addmm.default: added_matrix_product,
-}
-"""Operators whose result is contiguous and of the type of the arguments -> its sizes."""
-
-
-def alike(x: Any, other: Any) -> bool:
-    """Whether an operation with one result per element of `x` keeps its layout; `other`: a number, or a tensor laid out in the same way."""
-    if isinstance(other, Tensor):
-        twins = other.dtype == x.dtype and other.device == x.device and other.layout == torch.strided
-        return twins and all_same(x.shape, other.shape) and all_same(x.stride(), other.stride()) and is_contiguous(x)
-    return type(other) in (int, float) and is_contiguous(x)
-
-
-BINARY = (_aten.add.Tensor, _aten.sub.Tensor, _aten.mul.Tensor, _aten.div.Tensor)

@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 
-from geta.graph.shortcut_views import BINARY, PRODUCTS, VIEWS, Layout, alike, all_same
+from geta.graph.shortcut_sizes import BINARY, SIZES, alike, broadcast
+from geta.graph.shortcut_views import VIEWS, Layout, all_same, is_contiguous
 
 get_fast_op_impls: Callable[[], dict[Any, Any]] | None = None
 with contextlib.suppress(ImportError):  # in another version of PyTorch, perhaps: captures are slower then, that is all
@@ -28,6 +29,7 @@ Impl = Callable[..., Any]
 _POINTWISE = (
     *("celu", "elu", "gelu", "hardsigmoid", "hardswish", "hardtanh", "leaky_relu", "log_sigmoid", "mish", "relu", "selu", "silu"),
     *("softplus", "sigmoid", "tanh", "_softmax", "_log_softmax", "_safe_softmax"),
+    *("abs", "clamp", "clamp_max", "clamp_min", "cos", "erf", "exp", "log", "neg", "reciprocal", "rsqrt", "sin", "sqrt"),
 )
 """Operators whose floating-point result has the shape, strides and type of the first argument; with `_` behind it, it is that."""
 
@@ -54,7 +56,7 @@ def shortcuts() -> Iterator[None]:
 
 def _impls(theirs: dict[Any, Impl]) -> dict[Any, Impl]:
     found: dict[Any, Impl] = {operator: _view(operator, layout) for operator, layout in VIEWS.items()}
-    found |= {operator: _product(operator, sizes) for operator, sizes in PRODUCTS.items()}
+    found |= {operator: _contiguous(operator, sizes) for operator, sizes in SIZES.items()}
     found |= {operator: _binary(theirs[operator]) for operator in BINARY if operator in theirs}
     found[_aten.clone.default] = _clone
     for name in _POINTWISE:
@@ -82,17 +84,21 @@ def _view(operator: Any, layout: Callable[..., Layout | list[Layout] | None]) ->
     return impl
 
 
-def _product(operator: Any, sizes: Callable[..., list[Any] | None]) -> Impl:
+def _contiguous(operator: Any, sizes: Callable[..., list[Any] | None]) -> Impl:
     def impl(mode: Any, *args: Any, **kwargs: Any) -> Any:
-        found = sizes(*args, **kwargs) if all(_plain(arg) and arg.device == args[0].device for arg in args) else None
-        return _slowly(mode, operator, args, kwargs) if found is None else _new(mode, tuple(found), args[0])
+        tensors = [one for arg in args for one in (arg if isinstance(arg, (list, tuple)) else (arg,)) if isinstance(one, torch.Tensor)]
+        found = sizes(*args, **kwargs) if _of_one_kind(tensors) else None
+        return _slowly(mode, operator, args, kwargs) if found is None else _new(mode, tuple(found), tensors[0])
 
     return impl
 
 
 def _binary(theirs: Impl) -> Impl:
     def impl(mode: Any, x: Any, other: Any, **kwargs: Any) -> Any:
-        return _like(mode, x) if _plain(x) and alike(x, other) else theirs(mode, x, other, **kwargs)
+        if not _plain(x) or (isinstance(other, torch.Tensor) and not _of_one_kind([x, other])):
+            return theirs(mode, x, other, **kwargs)
+        found = x.shape if alike(x, other) else broadcast(x, other)
+        return theirs(mode, x, other, **kwargs) if found is None else _new(mode, tuple(found), x)
 
     return impl
 
@@ -106,7 +112,7 @@ def _clone(mode: Any, x: Any, *, memory_format: Any = None) -> Any:
 def _same(operator: Any, *, contiguous: bool) -> Impl:
     def impl(mode: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
         other_type = any(isinstance(arg, torch.dtype) or arg is True for arg in (*args, *kwargs.values()))
-        if not _plain(x) or (contiguous and other_type):
+        if not _plain(x) or (contiguous and other_type) or not (contiguous or _certain(x)):
             return _slowly(mode, operator, (x, *args), kwargs)
         return _like(mode, x, torch.contiguous_format if contiguous else torch.preserve_format)
 
@@ -124,7 +130,7 @@ def _batch_norm(operator: Any) -> Impl:
     def impl(mode: Any, x: Any, *others: Any) -> Any:
         given = [tensor for tensor in others[:4] if tensor is not None]  # weight, bias, running mean and variance
         usual = x.dim() > 1 and all(all_same(tensor.shape, (x.shape[1],)) for tensor in given)
-        if not usual or not _of_one_type(x, given):
+        if not usual or not _of_one_type(x, given) or not _certain(x):
             return _slowly(mode, operator, (x, *others), {})
         training = len(others) > 6 and others[4]
         saved = x.shape[1] if training or x.device.type != "cpu" else 0  # kernels differ there
@@ -149,12 +155,24 @@ def _plain(x: Any) -> bool:
     return isinstance(x, FakeTensor) and x.is_floating_point() and x.layout == torch.strided
 
 
+def _certain(x: Any) -> bool:
+    """Whether strides like those of `x` can be told: kernels and allocations don't agree on dimensions with one element."""
+    return is_contiguous(x) or 1 not in x.shape[1:]
+
+
+def _of_one_kind(tensors: list[Any]) -> bool:
+    first = tensors[0]
+    return all(_plain(tensor) and tensor.dtype == first.dtype and tensor.device == first.device for tensor in tensors)
+
+
 def _of_one_type(x: Any, others: list[Any]) -> bool:
     """Whether all are of the type that statistics are computed in as well."""
     return _plain(x) and x.dtype in (torch.float32, torch.float64) and all(_plain(tensor) and tensor.dtype == x.dtype for tensor in others)
 
 
 def _like(mode: Any, x: Any, layout: torch.memory_format = torch.preserve_format) -> Any:
+    if layout is torch.contiguous_format or (layout is torch.preserve_format and is_contiguous(x)):
+        return _new(mode, x.shape, x)
     with in_kernel_invocation_manager(mode):
         empty = torch.empty_like(x, memory_format=layout, device="meta", requires_grad=False)
     return FakeTensor(mode, empty, x.device)

@@ -41,6 +41,7 @@ class HESSO(StructuredOptimizer):
 
     Raises ConfigError for impossible settings, and for a model with quantizers, whose bit widths only `QASSO` keeps in range.
     Source: HESSO (arXiv 2409.09085), section 3.
+    Deviation: rows that a batch normalization scales wait for the period's last step (`geta.optim.forget`).
     """
 
     def __init__(

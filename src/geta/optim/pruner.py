@@ -94,6 +94,8 @@ class Pruner:
         layer_of_pair = [self._layers[parameter] for parameter in index.pair_parameter]
         layer_N = torch.tensor([layer if layer >= 0 else len(bank) for layer in layer_of_pair], dtype=torch.int64, device=index.device)
         self._pairs = PairMap(index.pair_family_N, layer_N, len(index.families), len(bank))
+        # the published rule moves every row of a redundant group
+        self._gated = frozenset() if forgetting == "descent" else frozenset().union(*(family.gated for family in index.families))
         self._zeroed: list[tuple[GroupedTensor, Tensor]] = []
         self._removed: RemovedRows | None = None
         self._active: list[_Active] = []
@@ -161,14 +163,22 @@ class Pruner:
                         flags, families, pairs = [flags[0][rows]], [families[0][rows]], [pairs[0][rows.to(index.device)]]
                     mask = entry.element_mask(redundant)
                     self._active.append(_Active(position, self._layers[position], entry, rows, flags, families, pairs, mask))
-        self._pairs_of_rows = torch.cat(
-            [torch.zeros(0, dtype=torch.int64, device=index.device), *(p for a in self._active for p in a.pairs)]
-        )
+        self._pairs_of_rows = self._pairs_of(self._active)
         self._slow = self._active
-        self._count_N = self._pair_sums([active.ones(index.dtype)[None] for active in self._active], 1)[0]
-        held_N = (self._count_N > 0).to(self._count_N.dtype)
+        held_N = (self._elements() > 0).to(self._count_N.dtype)
         self.owner_L = self._pairs.per_layer(held_N) > 0
+        self._active = self._slow = [active for active in self._active if active.entry.name not in self._gated]
+        self._pairs_of_rows = self._pairs_of(self._active)
+        self._count_N = self._elements()
         self._split()
+
+    def _pairs_of(self, chosen: Sequence[_Active]) -> Tensor:
+        nothing = torch.zeros(0, dtype=torch.int64, device=self.index.device)
+        return torch.cat([nothing, *(pairs for active in chosen for pairs in active.pairs)])
+
+    def _elements(self) -> Tensor:
+        """How many redundant elements each pair has [N], of the parameters looked at now."""
+        return self._pair_sums([active.ones(self.index.dtype)[None] for active in self._slow], 1)[0]
 
     def _split(self) -> None:
         """Leave to the compiled kernels what they can do."""
@@ -180,7 +190,7 @@ class Pruner:
             return
         done = set(self._fast_positions)
         self._slow = [active for active in self._active if active.position not in done]
-        self._pairs_of_rows = torch.cat([self._pairs_of_rows[:0], *(p for a in self._slow for p in a.pairs)])
+        self._pairs_of_rows = self._pairs_of(self._slow)
         chosen = [Chosen(a.entry, a.rows, a.families[0], a.pairs[0], a.layer) for a in fast if a.rows is not None]
         self._fast = RedundantRows(chosen, self.bank, index.num_pairs)
 

@@ -1,0 +1,81 @@
+"""Parameters whose rows a batch normalization scales: its own two numbers per channel decide alone what the channel gives.
+
+    y_c = gamma_c (w_c x - mean_c) / sigma_c + beta_c      gamma_c = beta_c = 0  =>  y_c = 0, whatever w_c is
+
+So a group is gone as soon as gamma and beta are zero; its rows of `w` may then be set to zero at once, and nothing changes. Shrinking `w`
+on the way there has no effect in training mode, where sigma_c shrinks with it, and spoils the running mean and variance, which lag behind.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+
+import torch
+from torch import fx
+
+from geta.graph.capture import Capture
+from geta.graph.families import Family, Member
+
+_NORMS = ("batch_norm", "native_batch_norm", "_native_batch_norm_legit", "_native_batch_norm_legit_no_training", "cudnn_batch_norm")
+_LAYERS = ("conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "convolution", "linear")
+
+
+def with_gates(families: Sequence[Family], captured: Capture) -> list[Family]:
+    """The families, with the parameters that batch normalizations gate."""
+    candidates: dict[str, set[tuple[str, ...]]] = defaultdict(set)
+    for row, gate in _pairs(captured):
+        candidates[row].add(gate)
+    owners: dict[str, list[Mapping[str, list[Member]]]] = defaultdict(list)
+    tables = [_zeroed(family) if family.prunable else {} for family in families]
+    for table in tables:
+        for name in table:
+            owners[name].append(table)
+    gated = {row for row, gates in candidates.items() if owners[row] and all(_shuts(row, gate, owners[row]) for gate in gates)}
+    return [replace(family, gated=frozenset(gated & table.keys())) for family, table in zip(families, tables, strict=True)]
+
+
+def _pairs(captured: Capture) -> Iterator[tuple[str, tuple[str, ...]]]:
+    """(parameter of a layer, (gamma, beta) of the only thing that reads its result)."""
+    for norm in captured.graph.nodes:
+        if _name(norm) not in _NORMS or not isinstance(norm.args[0], fx.Node):
+            continue
+        layer, gate = norm.args[0], tuple(_source(arg, captured) for arg in norm.args[1:3])
+        if _name(layer) not in _LAYERS or len(layer.users) > 1 or not all(gate):
+            continue
+        for arg in layer.args[1:3]:
+            row = _source(arg, captured)
+            if row:
+                yield row, gate
+
+
+def _name(node: fx.Node) -> str:
+    target = node.target
+    return target._schema.name.partition("::")[2] if isinstance(target, torch._ops.OpOverload) else ""
+
+
+def _source(arg: object, captured: Capture) -> str:
+    """The parameter that an argument is, perhaps through quantizers; "" if it is read by others too."""
+    while isinstance(arg, fx.Node) and len(arg.users) == 1:
+        if arg.op == "placeholder":
+            return captured.tensor_names.get(arg.name, "")
+        arg = arg.args[0] if arg.args else None
+    return ""
+
+
+def _zeroed(family: Family) -> dict[str, list[Member]]:
+    found: dict[str, list[Member]] = defaultdict(list)
+    for member in family.zeroed:
+        found[member.param].append(member)
+    return found
+
+
+def _shuts(row: str, gate: tuple[str, ...], tables: Sequence[Mapping[str, list[Member]]]) -> bool:
+    """Whether every group that owns rows of this parameter owns the same rows of the gate."""
+    for table in tables:
+        if len(table[row]) != 1 or any(len(table.get(name, [])) != 1 for name in gate):
+            return False
+        if not all(torch.equal(table[row][0].index, table[name][0].index) for name in gate):
+            return False
+    return True
