@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
+import geta
 from geta.optim import QASSO, Schedule
 from geta.optim.bank import QuantizerBank
 from geta.optim.forget import Forgetting
@@ -48,6 +51,28 @@ def test_a_step_size_below_zero_comes_back_into_its_range(forgetting: Forgetting
         optimizer.step()
         assert all(3.999 <= bits <= 16.001 for bits in optimizer.bits.values()), (step, optimizer.bits)
     optimizer.check()
+
+
+def test_bits_of_layers_that_lose_groups_go_straight_to_what_the_rule_says() -> None:
+    """Whatever the base optimizer wants: what it adds on the way would have to be taken back in the last few steps."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(1, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(288, 2))
+    images = torch.randn(16, 1, 8, 8)
+    graph = geta.analyze(model, (images,))
+    quantize(model, weights=(4, 8), activations=None, exclude=())
+    schedule = Schedule(20, warmup=1, projection=1, joint=16, joint_periods=1)
+    optimizer = QASSO(torch.optim.SGD(model.parameters(), lr=0.01), graph, schedule=schedule)
+    path: list[float] = []
+    for _ in range(18):
+        optimizer.zero_grad()
+        model(images).square().mean().backward()
+        for quantizer in quantizers(model).values():
+            quantizer.d.grad = 100.0 * quantizer.d.detach()  # a tenth of d in every step: more bits
+        optimizer.step()
+        path.append(optimizer.bits["0.weight"])
+    falls = [one - two for one, two in itertools.pairwise(path[1:])]
+    assert path[-1] == pytest.approx(4.0, abs=1e-3)
+    assert falls == pytest.approx([4.0 / 16] * 16, abs=0.02)
 
 
 @pytest.mark.parametrize(

@@ -121,6 +121,12 @@ class QuantizerBank:
         low, high = self.step_size_of(upper_L, now), self.step_size_of(self.lower_L, now)
         return torch.minimum(torch.maximum(now.d, low), high)
 
+    def kept(self, before: Steps, now: Steps) -> Tensor:
+        """d that gives the present ranges the bit widths of `before` [E]."""
+        if self._fixed_t is None:
+            return before.d * now.q_m.pow(now.t) / before.q_m.pow(before.t)
+        return before.d * now.q_m / before.q_m
+
     def write_d_(self, flat_E: Tensor) -> None:
         """Store step sizes."""
         self._stacks[0].write_(flat_E)

@@ -134,7 +134,7 @@ class QASSO(StructuredOptimizer):
             self._pruner.enforce_()
             ruled = self._joint(before, steps) if joint else None
             if len(self._bank):
-                self._constrain_bits(stage, ruled)
+                self._constrain_bits(stage, ruled, steps)
         self._advance()
         return loss
 
@@ -202,18 +202,19 @@ class QASSO(StructuredOptimizer):
             self._pruner.finish_period_()
         return ratio, owners
 
-    def _constrain_bits(self, stage: Stage, ruled: tuple[Tensor, Tensor] | None) -> None:
-        """Keep q_m and t in their domain, project d (cool-down: d follows the integer bits)."""
+    def _constrain_bits(self, stage: Stage, ruled: tuple[Tensor, Tensor] | None, before: Steps | None) -> None:
+        """Keep q_m and t in their domain, project d (cool-down: d follows the integer bits). before: the bank before the base's step."""
         bank = self._bank
         bank.guard_()
         now = bank.read()
         if stage != "cool-down":
-            if ruled is not None:
+            if ruled is not None and before is not None:
                 ratio, owners = (part[bank.layer_E] for part in ruled)
                 d_rule = ratio.to(now.d.dtype) * bank.step_size_of(bank.lower_L, now)
                 _, k, length = self.schedule.joint_at(self._step)
                 share = step_share(self._rule, k, length)
-                start = bank.projected(self._upper_bits(), now)  # the base optimizer's own step may leave d below zero
+                # d follows its rule alone: with the base optimizer's steps on top it drifts off, and comes back at the end at once
+                start = bank.projected(self._upper_bits(), now._replace(d=bank.kept(before, now)))
                 d_next = d_rule if share == 1.0 else start * (d_rule / start).pow(share)
                 now = now._replace(d=torch.where(owners, d_next, now.d))
             bank.project_(self._upper_bits(), now)
