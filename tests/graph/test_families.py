@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from torch import nn
 import nets
 from geta.errors import BadModelError, ConfigError
 from geta.graph import DependencyGraph, analyze
+from geta.graph.coupling import build_families
 
 
 def signature(graph: DependencyGraph) -> list[tuple[str, str, int, bool]]:
@@ -344,3 +346,17 @@ def test_what_is_gathered_stays_even_where_one_entry_of_it_stays_for_another_rea
         for member in family.members:
             if member.param == "table.weight" and member.dim == 0:
                 assert member.index.shape == (4, 6), str(graph)
+
+
+def test_what_touches_the_same_stays_one_family_whatever_keeps_its_parts():
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    graph = analyze(model, (torch.randn(2, 4),))
+    solved = graph.analysis
+    (hidden,) = graph.prunable_families
+    owner = next(owner for owner in solved.propagation.space.owners if owner.tensor == "0.weight" and owner.dim == 0)
+    roots = solved.partition.root[owner.start : owner.start + owner.size].tolist()
+    reasons = {root: "is read by somebody" if place % 2 else "is read by somebody else" for place, root in enumerate(roots)}
+    for partition in (replace(solved.partition, frozen=solved.partition.frozen | reasons), solved.partition):
+        found = {family.name: family for family in build_families(solved.propagation, partition, model)}
+        assert found[hidden.name].size == 8
+        assert found[hidden.name].prunable == (partition is solved.partition)

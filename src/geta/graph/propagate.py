@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -137,7 +138,7 @@ class _Interpreter:
     def _call(self, node: fx.Node) -> Any:
         if not isinstance(node.target, torch._ops.OpOverload):
             return self._python(node)
-        arguments = bind_arguments(node, lambda arg: pytree.tree_map_only(fx.Node, lambda n: self._values[n], arg))
+        arguments = bind_arguments(node, self._resolved)
         inputs = [leaf for leaf in pytree.tree_leaves(tuple(arguments.values())) if isinstance(leaf, Value)]
         fake = node.meta.get("val")
         leaves = [leaf for leaf in pytree.tree_leaves(fake) if isinstance(leaf, torch.Tensor)]
@@ -170,6 +171,12 @@ class _Interpreter:
         self._written(node, result)
         return result
 
+    def _resolved(self, arg: Any) -> Any:
+        """An argument with values in place of nodes."""
+        if isinstance(arg, fx.Node):
+            return self._values[arg]
+        return [self._resolved(one) for one in arg] if isinstance(arg, (list, tuple)) else arg
+
     def _unknown(self, node: fx.Node, inputs: list[Value], what: str) -> None:
         """Never guess: whatever reaches an operator without a rule stays."""
         path = self._capture.module_path(node) or "the model itself"
@@ -201,10 +208,11 @@ class _Interpreter:
     def _written(self, node: fx.Node, result: Any) -> None:
         """After an in-place operator: the written node has the new labels, and nobody who shares its storage is surely zero."""
         assert isinstance(node.target, torch._ops.OpOverload)
-        given_by_name = bind_arguments(node, lambda arg: arg)
-        for argument in node.target._schema.arguments:
-            given = given_by_name.get(argument.name)
-            if argument.alias_info is None or not argument.alias_info.is_write or not isinstance(given, fx.Node):
+        written = _described(node.target)[1]
+        given_by_name = bind_arguments(node, lambda arg: arg) if written else {}
+        for name in written:
+            given = given_by_name.get(name)
+            if not isinstance(given, fx.Node):
                 continue
             base = self._storage.get(given, given)
             for other, value in self._values.items():
@@ -266,15 +274,26 @@ def _follows(context: Context, result: Any) -> None:
         context.align([Place(target, tuple(range(target.rank))), Place(result, tuple(range(result.rank)))], result.rank)
 
 
+@functools.cache
+def _described(target: torch._ops.OpOverload) -> tuple[list[tuple[str, bool, bool, Any]], list[str]]:
+    """(name, whether by keyword only, whether with a default, default) of every argument, and the names of those written to.
+
+    Kept, because a schema makes these objects anew whenever it is asked.
+    """
+    arguments = target._schema.arguments
+    written = [one.name for one in arguments if one.alias_info is not None and one.alias_info.is_write]
+    return [(one.name, one.kwarg_only, one.has_default_value(), one.default_value) for one in arguments], written
+
+
 def bind_arguments(node: fx.Node, resolve: Callable[[Any], Any]) -> dict[str, Any]:
     """An operator call's arguments by name, defaults included."""
     assert isinstance(node.target, torch._ops.OpOverload)
     bound: dict[str, Any] = {}
-    for place, argument in enumerate(node.target._schema.arguments):
-        if place < len(node.args) and not argument.kwarg_only:
-            bound[argument.name] = resolve(node.args[place])
-        elif argument.name in node.kwargs:
-            bound[argument.name] = resolve(node.kwargs[argument.name])
-        elif argument.has_default_value():
-            bound[argument.name] = argument.default_value
+    for place, (name, by_name, has_default, default) in enumerate(_described(node.target)[0]):
+        if place < len(node.args) and not by_name:
+            bound[name] = resolve(node.args[place])
+        elif name in node.kwargs:
+            bound[name] = resolve(node.kwargs[name])
+        elif has_default:
+            bound[name] = default
     return bound
