@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -49,10 +50,14 @@ class DependencyGraph:
     families: list[Family]
     notes: list[str]
     example: Example = field(repr=False)
-    view: GraphView = field(repr=False)
     analysis: Analysis = field(repr=False)  # the labels behind the families, in evaluation mode
     quantizers: tuple[QuantizerBranch, ...] = ()
     analyses: dict[bool, tuple[tuple[Any, ...], Analysis]] = field(default_factory=dict, repr=False, compare=False)
+
+    @functools.cached_property
+    def view(self) -> GraphView:
+        """What a page shows of the operators."""
+        return build_view(self.analysis, self.families)
 
     @property
     def prunable_families(self) -> list[Family]:
@@ -253,10 +258,9 @@ def analyze(
     families = restrict(build_families(found, solved.partition, model), limits)
     families = with_gates(suggest(families, found, limits, _loosened(solved) if exact else None), captured)
     notes = [*captured.notes, *unused_granularity(found, limits)]
-    view = build_view(solved, families)
     example = Example(args, kwargs, dynamic_shapes, exact, limits)
     known = {False: (fingerprint(model), solved)}
-    return DependencyGraph(model, families, notes, example, view, solved, find_branches(captured), known)
+    return DependencyGraph(model, families, notes, example, solved, find_branches(captured), known)
 
 
 def _loosened(solved: Analysis) -> Partition | None:
