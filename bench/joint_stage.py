@@ -211,7 +211,8 @@ def main() -> None:
         for count, (name, future) in enumerate(waiting.items(), start=1):
             records[name] = future.result()
             print(f"{count}/{len(waiting)}  {name}  {records[name].get('compact', records[name]['final']):.2f} %", flush=True)
-    how = f"{options.epochs} epochs, batch {BATCH}, SGD with a cosine learning rate from {Setting.learning_rate}"
+    shares = f"warm-up {Setting.warmup:.0%}, projection {Setting.projection:.0%} and joint stage {Setting.joint:.0%} of the steps"
+    how = f"{options.epochs} epochs, batch {BATCH}, SGD with a cosine learning rate from {Setting.learning_rate}; {shares}"
     facts = f"{versions('torch', 'geta')}; {machine()}; {how}."
     lines = ["# The joint stage on digits", "", facts, "", "Mean ± standard deviation over the seeds:", "", *render(chosen, records)]
     written("joint_stage", lines, options.out)
