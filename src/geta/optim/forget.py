@@ -24,8 +24,8 @@ residual net (digits, AdamW, late periods), training loss just before and after 
 uniform 0.21 to 0.28 and 0.85 to 1.75, cosine 0.20 to 0.20 and 0.89 to 0.89. Hence the default "blend" = descent, at least cosine.
 Deviation: except with "descent", d gets to what its rule says along the period, not in its first step (`step_share`). The rule sends
 most layers that own redundant groups to b_l, and all of them at once cost a ResNet-20 on digits 17 points in one epoch (bits 4-8).
-Nor does the base optimizer move d of these layers meanwhile: what it added to a VGG7's 4 bits during a period, half a bit, was taken back
-within the last steps of it, and running statistics lagged behind by 25 points.
+Where all of a layer's redundant rows wait for the last step, so that the rule says b_l throughout, the base optimizer doesn't move d
+meanwhile: what it added to a VGG7's 4 bits during a period, half a bit, was taken back within its last steps, at a cost of 25 points.
 Deviation: except with "descent", rows that a batch normalization scales (`geta.graph.gates`) don't move on the way: gamma and beta of
 the normalization do, and the rows are zero in the period's last step, when nothing depends on them. Shrunk along, they left running
 variances up to five times too large behind, and a ResNet-20 on digits fell to 56 % in evaluation mode for a whole epoch while its training

@@ -73,6 +73,7 @@ class Pruner:
     forgetting:  the rule of `geta.optim.forget`.
     observation: what the saliency's criteria observe over time; None = nothing.
     redundant, pruned: bool [G] on the host; redundant groups are on their way to zero, pruned ones are there.
+    owner_L, waiting_L: quantized layers that hold redundant elements, and those of them in which all wait for the last step.
     """
 
     def __init__(
@@ -105,6 +106,7 @@ class Pruner:
         self._pairs_of_rows = torch.zeros(0, dtype=torch.int64, device=index.device)
         self._count_N = torch.zeros(index.num_pairs, device=index.device)
         self.owner_L = torch.zeros(len(bank), dtype=torch.bool, device=index.device)
+        self.waiting_L = torch.zeros_like(self.owner_L)
 
     def snapshot(self, *, everything: bool) -> dict[int, Tensor]:
         """Copies of what the coming step needs: all grouped parameters to score, else the rows being forgotten."""
@@ -170,6 +172,8 @@ class Pruner:
         self._active = self._slow = [active for active in self._active if active.entry.name not in self._gated]
         self._pairs_of_rows = self._pairs_of(self._active)
         self._count_N = self._elements()
+        moved_N = (self._count_N > 0).to(self._count_N.dtype)
+        self.waiting_L = self.owner_L & (self._pairs.per_layer(moved_N) == 0)
         self._split()
 
     def _pairs_of(self, chosen: Sequence[_Active]) -> Tensor:

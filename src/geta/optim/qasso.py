@@ -189,32 +189,33 @@ class QASSO(StructuredOptimizer):
         counts = Counter((q.kind, self.bits[q.name]) for q in self._bank.quantizers)
         return [*lines, *(f"{count} {kind} tensors with {bits:g} bits" for (kind, bits), count in sorted(counts.items()))]
 
-    def _joint(self, before: Mapping[int, Tensor], steps: Steps | None) -> tuple[Tensor, Tensor]:
-        """Mark, forget, prune; returns d / d(b_l) by the rule and which quantizers it is for (both [L])."""
+    def _joint(self, before: Mapping[int, Tensor], steps: Steps | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Mark, forget, prune; returns d / d(b_l) by the rule, which quantizers it is for and which of them go straight there (all [L])."""
         period, k, length = self.schedule.joint_at(self._step)
         if k == 0:
             self._decide(before)
             before = self._pruner.mark(before, self.schedule.pruned_target(period, self.target_groups))
             self._agree()
         ratio = self._pruner.forget_(before, steps, (k, length))
-        owners = self._pruner.owner_L
+        owners, waiting = self._pruner.owner_L, self._pruner.waiting_L
         if k == length - 1:
             self._pruner.finish_period_()
-        return ratio, owners
+        return ratio, owners, waiting
 
-    def _constrain_bits(self, stage: Stage, ruled: tuple[Tensor, Tensor] | None, before: Steps | None) -> None:
+    def _constrain_bits(self, stage: Stage, ruled: tuple[Tensor, Tensor, Tensor] | None, before: Steps | None) -> None:
         """Keep q_m and t in their domain, project d (cool-down: d follows the integer bits). before: the bank before the base's step."""
         bank = self._bank
         bank.guard_()
         now = bank.read()
         if stage != "cool-down":
             if ruled is not None and before is not None:
-                ratio, owners = (part[bank.layer_E] for part in ruled)
+                ratio, owners, waiting = (part[bank.layer_E] for part in ruled)
                 d_rule = ratio.to(now.d.dtype) * bank.step_size_of(bank.lower_L, now)
                 _, k, length = self.schedule.joint_at(self._step)
                 share = step_share(self._rule, k, length)
-                # d follows its rule alone: with the base optimizer's steps on top it drifts off, and comes back at the end at once
-                start = bank.projected(self._upper_bits(), now._replace(d=bank.kept(before, now)))
+                # a rule that doesn't change is followed alone: what the base optimizer adds on the way would come back at the end at once
+                proposed = now._replace(d=torch.where(waiting, bank.kept(before, now), now.d))
+                start = bank.projected(self._upper_bits(), proposed)  # the base optimizer's own step may leave d below zero
                 d_next = d_rule if share == 1.0 else start * (d_rule / start).pow(share)
                 now = now._replace(d=torch.where(owners, d_next, now.d))
             bank.project_(self._upper_bits(), now)
