@@ -9,13 +9,10 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from typing import Any
-from unittest import mock
 
 from torch.fx import GraphModule
 from torch.fx.experimental import proxy_tensor
 from torch.fx.graph import CodeGen
-
-_DESCRIBE = "_extract_tensor_metadata"
 
 
 def _nothing(_: Any) -> None:
@@ -38,8 +35,13 @@ def without_bookkeeping() -> Iterator[None]:
         type(module).forward = forward  # every graph module has a class of its own
         return None
 
-    with contextlib.ExitStack() as patches:
-        patches.enter_context(mock.patch.object(GraphModule, "recompile", later))
-        if hasattr(proxy_tensor, _DESCRIBE):  # in another version of PyTorch, perhaps not
-            patches.enter_context(mock.patch.object(proxy_tensor, _DESCRIBE, _nothing))
+    replaced = [(GraphModule, "recompile", later), (proxy_tensor, "_extract_tensor_metadata", _nothing)]
+    # another version of PyTorch perhaps lacks one of them
+    before = [(owner, name, getattr(owner, name), ours) for owner, name, ours in replaced if hasattr(owner, name)]
+    for owner, name, _, ours in before:
+        setattr(owner, name, ours)
+    try:
         yield
+    finally:
+        for owner, name, theirs, _ in before:
+            setattr(owner, name, theirs)

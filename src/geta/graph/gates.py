@@ -17,9 +17,16 @@ from torch import fx
 
 from geta.graph.capture import Capture
 from geta.graph.families import Family, Member
+from geta.graph.rules.registry import operator_name
 
-_NORMS = ("batch_norm", "native_batch_norm", "_native_batch_norm_legit", "_native_batch_norm_legit_no_training", "cudnn_batch_norm")
-_LAYERS = ("conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "convolution", "linear")
+_NORMS = tuple(
+    f"aten::{name}"
+    for name in ("batch_norm", "native_batch_norm", "_native_batch_norm_legit", "_native_batch_norm_legit_no_training", "cudnn_batch_norm")
+)
+_LAYERS = tuple(
+    f"aten::{name}"
+    for name in ("conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "convolution", "linear")
+)
 
 
 def with_gates(families: Sequence[Family], captured: Capture) -> list[Family]:
@@ -39,20 +46,15 @@ def with_gates(families: Sequence[Family], captured: Capture) -> list[Family]:
 def _pairs(captured: Capture) -> Iterator[tuple[str, tuple[str, ...]]]:
     """(parameter of a layer, (gamma, beta) of the only thing that reads its result)."""
     for norm in captured.graph.nodes:
-        if _name(norm) not in _NORMS or not isinstance(norm.args[0], fx.Node):
+        if operator_name(norm.target) not in _NORMS or not isinstance(norm.args[0], fx.Node):
             continue
         layer, gate = norm.args[0], tuple(_source(arg, captured) for arg in norm.args[1:3])
-        if _name(layer) not in _LAYERS or len(layer.users) > 1 or not all(gate):
+        if operator_name(layer.target) not in _LAYERS or len(layer.users) > 1 or not all(gate):
             continue
         for arg in layer.args[1:3]:
             row = _source(arg, captured)
             if row:
                 yield row, gate
-
-
-def _name(node: fx.Node) -> str:
-    target = node.target
-    return target._schema.name.partition("::")[2] if isinstance(target, torch._ops.OpOverload) else ""
 
 
 def _source(arg: object, captured: Capture) -> str:

@@ -167,7 +167,7 @@ def _of_one_kind(tensors: list[Any]) -> bool:
 
 def _of_one_type(x: Any, others: list[Any]) -> bool:
     """Whether all are of the type that statistics are computed in as well."""
-    return _plain(x) and x.dtype in (torch.float32, torch.float64) and all(_plain(tensor) and tensor.dtype == x.dtype for tensor in others)
+    return _of_one_kind([x, *others]) and x.dtype in (torch.float32, torch.float64)
 
 
 def _like(mode: Any, x: Any, layout: torch.memory_format = torch.preserve_format) -> Any:

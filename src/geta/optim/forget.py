@@ -25,11 +25,12 @@ uniform 0.21 to 0.28 and 0.85 to 1.75, cosine 0.20 to 0.20 and 0.89 to 0.89. Hen
 Deviation: except with "descent", d gets to what its rule says along the period, not in its first step (`step_share`). The rule sends
 most layers that own redundant groups to b_l, and all of them at once cost a ResNet-20 on digits 17 points in one epoch (bits 4-8).
 Where all of a layer's redundant rows wait for the last step, so that the rule says b_l throughout, the base optimizer doesn't move d
-meanwhile: what it added to a VGG7's 4 bits during a period, half a bit, was taken back within its last steps, at a cost of 25 points.
+meanwhile. Seen once in a VGG7 on digits: half a bit that it had added during a period went within the last steps, while accuracy with
+running statistics fell by 25 points for half an epoch. That the one caused the other was not isolated.
 Deviation: except with "descent", rows that a batch normalization scales (`geta.graph.gates`) don't move on the way: gamma and beta of
 the normalization do, and the rows are zero in the period's last step, when nothing depends on them. Shrunk along, they left running
-variances up to five times too large behind, and a ResNet-20 on digits fell to 56 % in evaluation mode for a whole epoch while its training
-loss stayed below 0.15 and with running statistics made anew it had 97 %.
+variances up to five times too large behind, and a ResNet-20 on digits fell to 56 % in evaluation mode for half an epoch while its training
+loss stayed near 0.1 and with running statistics made anew it had 97 %. Shorter and smaller falls of the same kind remain.
 
 Legend: `F` families, `L` quantized layers, `N` pairs (parameter, family).
 """

@@ -167,13 +167,11 @@ class Pruner:
                     self._active.append(_Active(position, self._layers[position], entry, rows, flags, families, pairs, mask))
         self._pairs_of_rows = self._pairs_of(self._active)
         self._slow = self._active
-        held_N = (self._elements() > 0).to(self._count_N.dtype)
-        self.owner_L = self._pairs.per_layer(held_N) > 0
+        self.owner_L = self._pairs.per_layer(self._elements()) > 0
         self._active = self._slow = [active for active in self._active if active.entry.name not in self._gated]
         self._pairs_of_rows = self._pairs_of(self._active)
         self._count_N = self._elements()
-        moved_N = (self._count_N > 0).to(self._count_N.dtype)
-        self.waiting_L = self.owner_L & (self._pairs.per_layer(moved_N) == 0)
+        self.waiting_L = self.owner_L & (self._pairs.per_layer(self._count_N) == 0)
         self._split()
 
     def _pairs_of(self, chosen: Sequence[_Active]) -> Tensor:
