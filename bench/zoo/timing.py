@@ -11,8 +11,9 @@ import fnmatch
 import gc
 import statistics
 import sys
+import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -35,7 +36,10 @@ _HEADER = ("model", "device", "capture, s", "analysis, s", "sum, s", "nodes", "g
 
 @dataclass(frozen=True)
 class Timing:
-    """One model. device: "meta", "cpu", or "" when nothing worked; note: the error, or why it was not the meta device."""
+    """One model. device: "meta", "cpu", or "" when nothing worked; note: the error, or why it was not the meta device.
+
+    loop: seconds of a million additions in Python just before, which tell how fast the machine was at that time.
+    """
 
     name: str
     device: str = ""
@@ -44,6 +48,7 @@ class Timing:
     nodes: int = 0
     groups: int = 0
     note: str = ""
+    loop: float = 0.0
 
     @property
     def seconds(self) -> float:
@@ -52,15 +57,22 @@ class Timing:
 
 def measure(entry: Entry, limit: float = _LIMIT) -> Timing:
     """Time one model; its last error when it can be analysed neither on the meta device nor on the CPU."""
-    reason = ""
+    reason, loop = "", _loop()
     for device in ("meta", "cpu"):
         try:
             with deadline(limit):
-                return _timed(entry, device, reason)
+                return replace(_timed(entry, device, reason), loop=loop)
         except Exception as error:  # noqa: BLE001 - whatever a model raises belongs into the table
             reason = f"not on the {device} device: {type(error).__name__}: {first_line(error)}"
         gc.collect()
-    return Timing(entry.name, note=reason)
+    return Timing(entry.name, note=reason, loop=loop)
+
+
+def _loop(additions: int = 1_000_000) -> float:
+    start, total = time.perf_counter(), 0
+    for number in range(additions):
+        total += number
+    return time.perf_counter() - start
 
 
 def _timed(entry: Entry, device: str, note: str) -> Timing:
@@ -78,6 +90,9 @@ def render(found: Sequence[Timing], total: int, facts: str) -> str:
     failed = [timing for timing in found if not timing.device]
     lines = ["# Time of the analysis", "", facts, ""]
     lines += [f"{len(found)} of {total} models, one after another in one process: {_devices(good)}, {len(failed)} failed."]
+    loops = [1000 * timing.loop for timing in found]
+    fastest, usual, slowest = min(loops), statistics.median(loops), max(loops)
+    lines += [f"A million additions in Python, made before every model, took {fastest:.0f} to {slowest:.0f} ms, {usual:.0f} in the median."]
     if good:
         seconds = [timing.seconds for timing in good]
         within = sum(second <= _SLOW for second in seconds)

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 from itertools import islice
 
 import pytest
 import torch
+from torch import nn
 
+import geta
 from geta.cli.demo_data import load_digits, shift
 from geta.cli.demo_model import ResNet, resnet20
+from geta.cli.demo_result import relative_difference
 from geta.cli.demo_settings import DemoSettings, parse_bits
 from geta.errors import ConfigError, GetaError
 
@@ -92,3 +96,20 @@ def test_missing_scikit_learn_is_explained(monkeypatch):
     monkeypatch.setitem(sys.modules, "sklearn", None)
     with pytest.raises(GetaError, match=r"pip install 'geta\[demo\]'"):
         load_digits()
+
+
+def test_a_weight_on_a_rounding_boundary_does_not_count_as_a_difference(tmp_path):
+    # -2.5 steps in float32, a little less in float64: quantized anew with more digits it would get the code -3
+    step, weight = 0.043650828301906586, -0.10912707448005676
+    model, x = nn.Sequential(nn.Linear(4, 1, bias=False)), torch.eye(4)
+    geta.quantize(model, weights=geta.Bits(4, 4), activations=None)
+    quantizer = model[0].parametrizations.weight[0]
+    with torch.no_grad():
+        quantizer.d.fill_(step)
+        quantizer.q_m.fill_(7 * step)
+        model[0].parametrizations.weight.original.copy_(torch.tensor([[weight, step, -step, 3 * step]]))
+    geta.compact(model, geta.analyze(model, (x[:2],))).save(tmp_path / "compact")
+
+    anew = copy.deepcopy(model).double()(x.double())
+    assert (anew - model(x)).abs().max() > step / 2
+    assert relative_difference(model, tmp_path / "compact", x, torch.float64) < 1e-12

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fake_calls import both
-from geta.graph.shortcut_sizes import BINARY
+from geta.graph.shortcut_sizes import BINARY, SCALAR
 from random_layouts import laid_out
 
 _aten = torch.ops.aten
@@ -110,6 +110,15 @@ def test_binary(operator):
         x = laid_out(rng)
         others = [x.clone(), x, 2.0, 3, torch.randn(x.shape[-1]), torch.tensor(2.0), torch.arange(x.shape[-1]), x.double(), 1j, True]
         fast, slow = both(operator, x, rng.choice(others))
+        assert fast == slow
+
+
+@pytest.mark.parametrize("operator", SCALAR, ids=str)
+def test_with_a_number(operator):
+    rng = random.Random(23)
+    for _ in range(40):
+        x = laid_out(rng)
+        fast, slow = both(operator, x, rng.choice((2.0, 3, 1j, True)))
         assert fast == slow
 
 

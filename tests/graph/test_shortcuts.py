@@ -89,6 +89,9 @@ def test_norms(kind, affine, other):
     weight, bias = (last, last.clone()) if affine else (None, None)
     fast, slow = both(_aten.native_layer_norm.default, x, [x.shape[-1]], weight, bias, 1e-5)
     assert fast == slow
+    for eps in (1e-5, None):
+        fast, slow = both(_aten._fused_rms_norm.default, x, [x.shape[-1]], weight, eps)
+        assert fast == slow
 
 
 @pytest.mark.parametrize("size", [3, 7])
@@ -99,11 +102,50 @@ def test_a_wrong_size_is_refused_as_ever(size):
     assert isinstance(fast, type)
 
 
+@pytest.mark.parametrize("kind", inputs())
+def test_clamping_between_tensors(kind):
+    x = inputs()[kind]
+    low, high = torch.zeros((), dtype=x.dtype, device=x.device), torch.ones((), dtype=x.dtype, device=x.device)
+    for bounds in ((low, high), (low,), (None, high), (low.double(), high.double()), (low.expand(6), high), (low.new_zeros(5, 1), None)):
+        fast, slow = both(_aten.clamp.Tensor, x, *bounds)
+        assert fast == slow
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [(nn.LSTM, {}), (nn.LSTM, {"proj_size": 2}), (nn.GRU, {}), (nn.RNN, {"nonlinearity": "relu"}), (nn.RNN, {})],
+    ids=["lstm", "projected", "gru", "relu", "tanh"],
+)
+def test_recurrent_layers(kind, options, device):
+    shapes = ({}, {"num_layers": 2, "batch_first": True, "bidirectional": True}, {"bias": False, "bidirectional": True})
+    for shape in shapes:
+        layer, x = kind(3, 4, device=device, **shape, **options), torch.randn(5, 3, 3, device=device)
+
+        def call(x, layer=layer):
+            output, last = layer(x)
+            return [output, *(last if isinstance(last, tuple) else (last,))]
+
+        fast, slow = both(call, x)
+        assert fast == slow
+        assert isinstance(fast, list) or (kind, device) == (nn.LSTM, "cpu")  # PyTorch's kernel there refuses weights that aren't fake
+
+
+def test_real_recurrent_layers_compute_as_ever():
+    module, x = nn.GRU(3, 4), torch.randn(5, 6, 3)
+    expected, _ = torch._decomp.decompositions.gru_impl(x, torch.zeros(1, 6, 4), [*module.parameters()], True, 1, 0.0, False, False, False)
+    with shortcuts():
+        again, _ = torch._decomp.decompositions.gru_impl(x, torch.zeros(1, 6, 4), [*module.parameters()], True, 1, 0.0, False, False, False)
+    assert torch.equal(again, expected)
+
+
 def test_the_table_is_as_before():
-    before = dict(get_fast_op_impls())
+    before, layer = dict(get_fast_op_impls()), torch._decomp.decompositions.one_layer_lstm
     with shortcuts():
         assert len(get_fast_op_impls()) > len(before)
+        assert torch._decomp.decompositions.one_layer_lstm is not layer
     assert get_fast_op_impls() == before
+    assert torch._decomp.decompositions.one_layer_lstm is layer
 
 
 def test_without_the_table(monkeypatch):

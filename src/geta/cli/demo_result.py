@@ -12,11 +12,13 @@ from typing import Any
 import torch
 from rich.table import Table
 from torch import nn
+from torch.nn.utils import parametrize
 
 import geta
 from geta.cli.demo_data import Digits
 from geta.cli.demo_run import Trained, accuracy, example_input
 from geta.cli.demo_settings import DemoSettings
+from geta.quant import Quantizer
 from geta.report.files import folder_bytes
 from geta.report.latency import Latency, inference_latency
 
@@ -66,9 +68,25 @@ def relative_difference(zeroed: nn.Module, saved: Path, images: torch.Tensor, dt
     dtype: float64 proves the construction. In float32 a sum taken in another order can move an activation across a rounding
            boundary, and then the outputs differ by what a whole quantization step makes of it.
     """
-    first = copy.deepcopy(zeroed).eval().to(dtype)(images.to(dtype))
+    first = _converted(zeroed, dtype).eval()(images.to(dtype))
     second = geta.load(saved).eval().to(dtype)(images.to(dtype))
     return float((first - second).abs().max() / first.abs().max())
+
+
+def _converted(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """A copy in another dtype that computes with the weight codes of this one.
+
+    Quantized anew with more digits, a weight that lies on a rounding boundary would get another code: another network.
+    """
+    model = copy.deepcopy(model)
+    for module in [*model.modules()]:
+        for name, chain in [*getattr(module, "parametrizations", {}).items()]:
+            for quantizer in chain:
+                if isinstance(quantizer, Quantizer):
+                    weight = quantizer.codes(chain.original).to(dtype) * quantizer.d.to(dtype)
+                    parametrize.remove_parametrizations(module, name)
+                    setattr(module, name, nn.Parameter(weight))
+    return model.to(dtype)
 
 
 def _latency(trained: Trained, images: torch.Tensor) -> dict[str, dict[str, float]]:

@@ -108,10 +108,20 @@ SIZES: dict[Any, Callable[..., list[Size] | None]] = {
 }
 
 BINARY = (_aten.add.Tensor, _aten.sub.Tensor, _aten.mul.Tensor, _aten.div.Tensor)
+SCALAR = (_aten.add.Scalar, _aten.sub.Scalar, _aten.mul.Scalar, _aten.div.Scalar)
 
 
-def alike(x: Any, other: Any) -> bool:
-    """Whether an operation with one result per element of `x` keeps its layout; `other`: a number, or a tensor laid out in the same way."""
-    if isinstance(other, Tensor):
-        return all_same(x.shape, other.shape) and all_same(x.stride(), other.stride()) and is_contiguous(x)
-    return type(other) in (int, float) and is_contiguous(x)
+def leads(x: Tensor, other: Any) -> bool:
+    """Whether `x` alone decides how the result of an operation on it and `other` (a number, or a tensor) is laid out.
+
+    It does where both are laid out in the same way, and where it has all of the result's sizes and its strides put its dimensions in order.
+    """
+    if not isinstance(other, Tensor):
+        return type(other) in (int, float)
+    if all_same(x.shape, other.shape) and all_same(x.stride(), other.stride()):
+        return True
+    strides, lacking = x.stride(), x.dim() - other.dim()
+    ordered = all(plain(stride) and stride > 0 for stride in strides) and len(set(strides)) == len(strides)
+    return (
+        ordered and lacking >= 0 and all(same(a, b) or (plain(b) and b == 1) for a, b in zip(x.shape[lacking:], other.shape, strict=True))
+    )

@@ -14,11 +14,12 @@ from typing import Any
 
 import torch
 
-from geta.graph.shortcut_sizes import BINARY, SIZES, alike, broadcast
+from geta.graph.shortcut_sizes import BINARY, SCALAR, SIZES, broadcast, leads
 from geta.graph.shortcut_views import VIEWS, Layout, all_same, is_contiguous
 
 get_fast_op_impls: Callable[[], dict[Any, Any]] | None = None
 with contextlib.suppress(ImportError):  # in another version of PyTorch, perhaps: captures are slower then, that is all
+    from torch._decomp import decompositions
     from torch._subclasses.fake_impls import get_fast_op_impls
     from torch._subclasses.fake_tensor import FakeTensor, in_kernel_invocation_manager
 
@@ -33,6 +34,9 @@ _POINTWISE = (
 )
 """Operators whose floating-point result has the shape, strides and type of the first argument; with `_` behind it, it is that."""
 
+_RECURRENT_LAYERS = ("one_layer_lstm", "one_layer_rnn")
+"""PyTorch's decompositions of a recurrent layer in one direction, GRU's and both RNNs' among them: a dozen operators for every time step."""
+
 _LIKE_CONTIGUOUS = ("_softmax", "_log_softmax", "_safe_softmax")
 """Of these, those whose result is contiguous."""
 
@@ -46,19 +50,37 @@ def shortcuts() -> Iterator[None]:
     table = get_fast_op_impls()
     before = dict(table)
     table.update(_impls(before))
+    layers = {name: getattr(decompositions, name) for name in _RECURRENT_LAYERS if hasattr(decompositions, name)}
     try:
+        for name, layer in layers.items():
+            setattr(decompositions, name, _one_step(layer))
         with torch._dynamo.config.patch(fake_tensor_cache_enabled=False):  # remembering a result takes longer than finding it again
             yield
     finally:
         table.clear()
         table.update(before)
+        for name, layer in layers.items():
+            setattr(decompositions, name, layer)
+
+
+def _one_step(layer: Impl) -> Impl:
+    """The shapes of a recurrent layer's results from its first time step alone; x: [steps, batch, features]."""
+
+    def impl(x: Any, *args: Any, **kwargs: Any) -> Any:
+        if not isinstance(x, FakeTensor) or x.fake_mode.propagate_real_tensors:
+            return layer(x, *args, **kwargs)
+        output, last = layer(x[:1], *args, **kwargs)
+        return output.expand(x.shape[0], *output.shape[1:]).contiguous(), last
+
+    return impl
 
 
 def _impls(theirs: dict[Any, Impl]) -> dict[Any, Impl]:
     found: dict[Any, Impl] = {operator: _view(operator, layout) for operator, layout in VIEWS.items()}
     found |= {operator: _contiguous(operator, sizes) for operator, sizes in SIZES.items()}
     found |= {operator: _binary(theirs[operator]) for operator in BINARY if operator in theirs}
-    found[_aten.clone.default] = _clone
+    found |= {operator: _with_number(operator) for operator in SCALAR}
+    found |= {_aten.clone.default: _clone, _aten.clamp.Tensor: _clamp}
     for name in _POINTWISE:
         operator = getattr(_aten, name, None)
         if operator is not None and "default" in operator.overloads():
@@ -68,7 +90,10 @@ def _impls(theirs: dict[Any, Impl]) -> dict[Any, Impl]:
             found[in_place.default] = _in_place(in_place.default)
     norms = (_aten._native_batch_norm_legit_no_training, _aten._native_batch_norm_legit, _aten.native_batch_norm)
     found |= {operator.default: _batch_norm(operator.default) for operator in norms}
-    return found | {_aten.native_layer_norm.default: _layer_norm(_aten.native_layer_norm.default)}
+    return found | {
+        _aten.native_layer_norm.default: _layer_norm(_aten.native_layer_norm.default, moments=2),
+        _aten._fused_rms_norm.default: _layer_norm(_aten._fused_rms_norm.default, moments=1),
+    }
 
 
 def _view(operator: Any, layout: Callable[..., Layout | list[Layout] | None]) -> Impl:
@@ -97,8 +122,18 @@ def _binary(theirs: Impl) -> Impl:
     def impl(mode: Any, x: Any, other: Any, **kwargs: Any) -> Any:
         if not _plain(x) or (isinstance(other, torch.Tensor) and not _of_one_kind([x, other])):
             return theirs(mode, x, other, **kwargs)
-        found = x.shape if alike(x, other) else broadcast(x, other)
+        if leads(x, other) and _certain(x):
+            return _like(mode, x)
+        found = broadcast(x, other)
         return theirs(mode, x, other, **kwargs) if found is None else _new(mode, tuple(found), x)
+
+    return impl
+
+
+def _with_number(operator: Any) -> Impl:
+    def impl(mode: Any, x: Any, other: Any, **kwargs: Any) -> Any:
+        usual = _plain(x) and not isinstance(other, torch.Tensor) and leads(x, other) and _certain(x)
+        return _like(mode, x) if usual else _slowly(mode, operator, (x, other), kwargs)
 
     return impl
 
@@ -107,6 +142,14 @@ def _clone(mode: Any, x: Any, *, memory_format: Any = None) -> Any:
     if not _plain(x) or (memory_format is torch.channels_last and x.dim() != 4) or memory_format is torch.channels_last_3d:
         return _slowly(mode, _aten.clone.default, (x,), {"memory_format": memory_format})
     return _like(mode, x, memory_format or torch.preserve_format)
+
+
+def _clamp(mode: Any, x: Any, *bounds: Any, **kwargs: Any) -> Any:
+    """Between numbers that are tensors."""
+    given = [bound for bound in (*bounds, *kwargs.values()) if bound is not None]
+    if all(isinstance(bound, FakeTensor) and bound.dim() == 0 for bound in given) and _of_one_kind([x, *given]) and _certain(x):
+        return _like(mode, x)
+    return _slowly(mode, _aten.clamp.Tensor, (x, *bounds), kwargs)
 
 
 def _same(operator: Any, *, contiguous: bool) -> Impl:
@@ -139,14 +182,16 @@ def _batch_norm(operator: Any) -> Impl:
     return impl
 
 
-def _layer_norm(operator: Any) -> Impl:
+def _layer_norm(operator: Any, moments: int) -> Impl:
+    """moments: how many tensors of one number per row come after the result, and how many parameters there are."""
+
     def impl(mode: Any, x: Any, shape: Any, *others: Any) -> Any:
-        given, first = [tensor for tensor in others[:2] if tensor is not None], x.dim() - len(shape)  # weight and bias
+        given, first = [tensor for tensor in others[:moments] if tensor is not None], x.dim() - len(shape)  # weight and bias
         usual = 0 <= first < x.dim() and all(all_same(sizes, shape) for sizes in (x.shape[first:], *(tensor.shape for tensor in given)))
         if not usual or not _of_one_type(x, given):
             return _slowly(mode, operator, (x, shape, *others), {})
-        moments = (*x.shape[:first], *(1 for _ in shape))
-        return _like(mode, x, torch.contiguous_format), *(_new(mode, moments, x) for _ in range(2))
+        rows = (*x.shape[:first], *(1 for _ in shape))
+        return _like(mode, x, torch.contiguous_format), *(_new(mode, rows, x) for _ in range(moments))
 
     return impl
 
