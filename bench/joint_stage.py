@@ -77,16 +77,17 @@ class Setting:
     sparsity: float = 0.5
     learning_rate: float = 0.02
     quant_lr: float = 1e-4
-    warmup: float = 0.2
+    warmup: float = 0.15
     projection: float = 0.1
-    joint: float = 0.4
+    joint: float = 0.35
 
     @property
     def name(self) -> str:
+        if self.forgetting is None:
+            return f"{self.network}-dense-{self.epochs}-{self.learning_rate:g}-{self.seed}"
         quantized = "w" if self.activations is None else f"wa{self.activations}"
-        kind = "dense" if self.forgetting is None else f"{quantized}-{self.forgetting}"
         shares = f"{self.warmup:g}-{self.projection:g}-{self.joint:g}"
-        return f"{self.network}-{kind}-{self.epochs}-{self.learning_rate:g}-{shares}-{self.seed}"
+        return f"{self.network}-{quantized}-{self.forgetting}-{self.epochs}-{self.learning_rate:g}-{shares}-{self.seed}"
 
 
 def run(setting: Setting) -> dict[str, Any]:

@@ -88,7 +88,7 @@ class Context:
 
     def bind(self, code: torch.Tensor, dims: Sequence[int]) -> None:
         """Unconditionally join a track along `dims`."""
-        labels = squeezed(code >> 1)
+        labels = squeezed(code) >> 1
         first = labels
         for dim in dims:
             first = first.narrow(dim, 0, 1)

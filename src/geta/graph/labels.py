@@ -59,7 +59,7 @@ class Track:
     code: torch.Tensor
     origins: frozenset[int] = frozenset()
 
-    @property
+    @functools.cached_property
     def dims(self) -> tuple[int, ...]:
         return varying(self.code)
 
@@ -87,7 +87,7 @@ class Value:
 
 def varying(code: torch.Tensor) -> tuple[int, ...]:
     """Dimensions along which a compressed track varies."""
-    return tuple(d for d in range(code.dim()) if code.shape[d] > 1 and code.stride(d) != 0)
+    return tuple(dim for dim, (size, stride) in enumerate(zip(code.shape, code.stride(), strict=True)) if size > 1 and stride != 0)
 
 
 def compress(code: torch.Tensor) -> torch.Tensor:

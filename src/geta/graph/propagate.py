@@ -71,6 +71,7 @@ class _Interpreter:
         self._learnt: dict[fx.Node, tuple[int, int, int]] = {}
         self._tied: dict[str, Value] = {}
         self._storage: dict[fx.Node, fx.Node] = {}
+        self._sharers: dict[fx.Node, list[fx.Node]] = {}
         self._replaced: set[fx.Node] = set()
         self._kernels = _kernels(capture.graph)
         holders = capture.graph.find_nodes(op="placeholder")
@@ -204,6 +205,7 @@ class _Interpreter:
         elif node.all_input_nodes:
             base = self._storage.get(node.all_input_nodes[0], node.all_input_nodes[0])
         self._storage[node] = base
+        self._sharers.setdefault(base, [base]).append(node)
 
     def _written(self, node: fx.Node, result: Any) -> None:
         """After an in-place operator: the written node has the new labels, and nobody who shares its storage is surely zero."""
@@ -215,8 +217,9 @@ class _Interpreter:
             if not isinstance(given, fx.Node):
                 continue
             base = self._storage.get(given, given)
-            for other, value in self._values.items():
-                if self._storage.get(other, other) is base and isinstance(value, Value):
+            for other in self._sharers.get(base, [base]):
+                value = self._values.get(other)
+                if isinstance(value, Value):
                     tracks = tuple(Track(never_zero(t.code), t.origins) for t in value.tracks)
                     self._values[other] = Value(value.shape, tracks, False)
             if isinstance(result, Value):

@@ -35,7 +35,7 @@ _POINTWISE = (
 """Operators whose floating-point result has the shape, strides and type of the first argument; with `_` behind it, it is that."""
 
 _RECURRENT_LAYERS = ("one_layer_lstm", "one_layer_rnn")
-"""PyTorch's decompositions of a recurrent layer in one direction, GRU's and both RNNs' among them: a dozen operators for every time step."""
+"""PyTorch's decompositions of a recurrent layer in one direction, GRUs and both RNNs among them: a dozen operators for every time step."""
 
 _LIKE_CONTIGUOUS = ("_softmax", "_log_softmax", "_safe_softmax")
 """Of these, those whose result is contiguous."""

@@ -270,11 +270,12 @@ class Solver:
 
     def _check_spans(self, item: Aligned, views: list[tuple[int, torch.Tensor]]) -> None:
         """Where one operand may lose indices and another that spans the letter can't, the first must stay."""
-        for letter in {letter: None for _, code in views for letter in varying(code)}:
-            able = {operand for operand, code in views if letter in varying(code)}
+        varies = [(operand, code, varying(code)) for operand, code in views]
+        for letter in dict.fromkeys(letter for _, _, dims in varies for letter in dims):
+            able = {operand for operand, _, dims in varies if letter in dims}
             if any(letter in span and operand not in able for operand, span in enumerate(item.spans)):
-                for _, code in views:
-                    if letter in varying(code):
+                for _, code, dims in varies:
+                    if letter in dims:
                         self._freeze(squeezed(code), item.reason)
 
     def _bind(self, code: torch.Tensor, dims: tuple[int, ...]) -> None:

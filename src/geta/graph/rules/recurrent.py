@@ -57,7 +57,7 @@ def _unit(ctx: Context, value: Value, dim: int, parts: int, hidden: int) -> Valu
     for track in line.tracks:
         code = track.code.unflatten(0, (parts, hidden))
         ctx.bind(code, (0,))
-        ctx.constraints.units.append((squeezed(code >> 1).reshape(-1).numpy(), "hidden units"))
+        ctx.constraints.units.append(((squeezed(code) >> 1).reshape(-1).numpy(), "hidden units"))
         tracks.append(Track(compress(narrow_dims(code, (0,))).reshape(hidden), track.origins))
     return Value((hidden,), tuple(tracks), value.derived)
 
