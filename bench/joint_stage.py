@@ -73,7 +73,7 @@ class Setting:
     activations: int | None
     forgetting: Forgetting | None
     seed: int
-    epochs: int = 40
+    epochs: int = 60
     sparsity: float = 0.5
     learning_rate: float = 0.02
     quant_lr: float = 1e-4
@@ -135,7 +135,7 @@ def run(setting: Setting) -> dict[str, Any]:
         "lowest": min(accuracies[first:]),
         "compact": accuracy(small, digits),
         "bops": small.cost.relative_to(geta.cost(NETWORKS[setting.network](), example))["bops"],
-        "bits": Counter(str(int(bits)) for name, bits in small.bits.items() if not name.endswith(":input")),
+        "bits": Counter(str(int(bits)) for name, bits in small.bits.items() if ":" not in name),
         "groups": optimizer.progress()["pruned_groups"],
         "notes": optimizer.notes,
     }
@@ -198,7 +198,7 @@ def main() -> None:
     parser.add_argument("--networks", nargs="+", choices=sorted(NETWORKS), default=sorted(NETWORKS))
     parser.add_argument("--rules", nargs="+", default=["blend", "descent", "uniform", "cosine"])
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--epochs", type=int, default=40)
+    parser.add_argument("--epochs", type=int, default=60)
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--fresh", action="store_true")
     parser.add_argument("--out", type=Path, default=RESULTS)

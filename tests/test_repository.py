@@ -110,7 +110,7 @@ def code_blocks(document: str) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    "document", ["README.md", "docs/custom-ops.md", "docs/distributed.md", "docs/how-it-works.md", "docs/optimizers.md"]
+    "document", ["README.md", "docs/custom-ops.md", "docs/distributed.md", "docs/export.md", "docs/how-it-works.md", "docs/optimizers.md"]
 )
 def test_code_in_the_documentation_runs(document, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from geta.subnet import CompactModel
 
 
-_INPUT = ":input"
+_INPUT, _OUTPUT = ":input", ":output"
 
 
 def inspect_command(
@@ -67,7 +67,9 @@ def bits_table(bits: Mapping[str, int]) -> Table:
         table.add_column(heading, justify="left" if heading == "tensor" else "right")
     inputs = {name.removesuffix(_INPUT): width for name, width in bits.items() if name.endswith(_INPUT)}
     for name, width in bits.items():
-        if not name.endswith(_INPUT):
+        if name.endswith(_OUTPUT):
+            table.add_row(f"{name.removesuffix(_OUTPUT)} (result)", str(width), "")
+        elif not name.endswith(_INPUT):
             table.add_row(name, str(width), str(inputs.pop(name.rpartition(".")[0], "")))
     for module, width in inputs.items():
         table.add_row(module, "", str(width))

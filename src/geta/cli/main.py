@@ -12,6 +12,7 @@ import typer
 
 from geta.cli.analyze import analyze_command
 from geta.cli.demo import demo_command
+from geta.cli.export import export_command
 from geta.cli.inspect import inspect_command
 from geta.cli.options import Session
 from geta.errors import ConfigError, GetaError
@@ -26,6 +27,7 @@ app = typer.Typer(
 app.command("demo")(demo_command)
 app.command("analyze")(analyze_command)
 app.command("inspect")(inspect_command)
+app.command("export")(export_command)
 
 
 def _print_version(value: bool) -> None:

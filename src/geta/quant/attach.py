@@ -1,4 +1,4 @@
-"""Put quantizers into a model: parametrizations on weights, forward pre-hooks on layer inputs."""
+"""Put quantizers into a model: parametrizations on weights, forward hooks on layer inputs and, if wished, on results."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import nn
@@ -17,8 +17,12 @@ from geta.quant.bits import LARGEST, Bits
 from geta.quant.calibration import Range, calibrate, map_inputs
 from geta.quant.fixed import FixedBits, FixedQuantizer, fixed_quantizers
 from geta.quant.quantizer import Kind, Quantizer
+from geta.quant.results import find_results
 from geta.quant.surrogate import KINDS, STE, Surrogate
-from geta.quant.targets import INPUT_QUANTIZER, Layer, Weight, find_layers, find_weights, is_finite
+from geta.quant.targets import INPUT_QUANTIZER, OUTPUT_QUANTIZER, Layer, Weight, find_layers, find_weights, is_finite
+
+if TYPE_CHECKING:
+    from geta.graph.dependency import DependencyGraph
 
 DEFAULT_EXCLUDE = ("*.head",)
 
@@ -67,6 +71,7 @@ def quantize(  # noqa: PLR0913 - the fixed public interface, keywords only
     percentile: float = _PERCENTILE,
     nonlinear: bool = False,
     initial_bits: int = _INITIAL_BITS,
+    results_of: DependencyGraph | None = None,
 ) -> nn.Module:
     """Attach trainable quantizers to `model`, in place, and return it. What gets one: see `geta.quant.targets`.
 
@@ -81,6 +86,8 @@ def quantize(  # noqa: PLR0913 - the fixed public interface, keywords only
                   negative get unsigned codes.
     nonlinear:    learn the exponent t too; otherwise it stays 1.
     initial_bits: bit width to start from (the optimizer narrows it).
+    results_of:   `geta.analyze`'s graph of this model: convolutions whose result no quantizer meets get one there too, so that runtimes
+                  compute them in integers (`geta.quant.results`); None leaves such results in floating point.
     percentile, nonlinear and initial_bits are about learned bit widths only; `FixedBits` starts from the mean of |x|.
 
     Weights start at q_m = max |w| (a zero tensor: 1 / sqrt(fan in)), t = 1, d = d(initial_bits). Tied weights share one quantizer.
@@ -105,16 +112,19 @@ def quantize(  # noqa: PLR0913 - the fixed public interface, keywords only
     layers = find_layers(model, patterns, strict=exclude is not DEFAULT_EXCLUDE)
     weight_plan = [] if weight_bits is None else _plan_weights(model, layers, weight_bits, granularity, settings)
     input_plan: list[tuple[Layer, AnyQuantizer]] = []
+    result_plan: list[tuple[Layer, AnyQuantizer]] = []
     if activation_bits is not None and calibration is not None:
         inputs = [layer for layer in layers if layer.quantize_input]
-        ranges = calibrate(model, inputs, calibration, percentile=percentile, limit=calibration_batches) if inputs else {}
-        input_plan = _plan_inputs(inputs, ranges, activation_bits, settings)
+        results = [] if results_of is None else find_results(model, results_of.analysis.capture, layers)
+        ranges = calibrate(model, inputs, calibration, percentile=percentile, limit=calibration_batches, results=results) if inputs else {}
+        input_plan = _plan(inputs, "input", ranges, activation_bits, settings)
+        result_plan = _plan(results, "output", ranges, activation_bits, settings)
     if not weight_plan and not input_plan:
         raise ConfigError(
             f"nothing to quantize: {type(model).__name__} has no layer with a floating-point weight of two or more dimensions "
             f"outside exclude={patterns!r}; check exclude"
         )
-    _attach(weight_plan, input_plan)
+    _attach(weight_plan, input_plan, result_plan)
     return model
 
 
@@ -201,15 +211,12 @@ def _plan_weights(
     ]
 
 
-def _plan_inputs(
-    layers: Sequence[Layer], ranges: Mapping[str, Range], bits: AnyBits, settings: _Settings
+def _plan(
+    layers: Sequence[Layer], side: str, ranges: Mapping[str, Range], bits: AnyBits, settings: _Settings
 ) -> list[tuple[Layer, AnyQuantizer]]:
-    plan = []
-    for layer in layers:
-        found = ranges.get(layer.path)
-        if found is not None:
-            plan.append((layer, settings.quantizer(f"{layer.path}:input", "activation", bits, found)))
-    return plan
+    """side: "input" or "output"."""
+    names = [(layer, f"{layer.path}:{side}") for layer in layers]
+    return [(layer, settings.quantizer(name, "activation", bits, ranges[name])) for layer, name in names if name in ranges]
 
 
 def _weight_range(weight: Weight, granularity: Granularity) -> Range:
@@ -229,12 +236,17 @@ def _weight_range(weight: Weight, granularity: Granularity) -> Range:
     return Range(torch.where(largest > 0, largest, whole_largest), signed=True, mean=torch.where(mean > 0, mean, whole_mean))
 
 
-def _attach(weights: Sequence[tuple[Weight, AnyQuantizer]], inputs: Sequence[tuple[Layer, AnyQuantizer]]) -> None:
+def _attach(
+    weights: Sequence[tuple[Weight, AnyQuantizer]],
+    inputs: Sequence[tuple[Layer, AnyQuantizer]],
+    results: Sequence[tuple[Layer, AnyQuantizer]],
+) -> None:
     """Attach all of it or, after an error, nothing."""
-    for layer, quantizer in inputs:
-        if hasattr(layer.module, INPUT_QUANTIZER):
+    sides = [(INPUT_QUANTIZER, *one) for one in inputs] + [(OUTPUT_QUANTIZER, *one) for one in results]
+    for attribute, layer, quantizer in sides:
+        if hasattr(layer.module, attribute):
             raise ConfigError(
-                f"module '{layer.path}' already has an attribute '{INPUT_QUANTIZER}', the name that '{quantizer.name}' needs; "
+                f"module '{layer.path}' already has an attribute '{attribute}', the name that '{quantizer.name}' needs; "
                 f"rename it or exclude the module"
             )
     with ExitStack() as undo:
@@ -245,12 +257,14 @@ def _attach(weights: Sequence[tuple[Weight, AnyQuantizer]], inputs: Sequence[tup
                 quantizer.train(module.training)
                 parametrize.register_parametrization(module, leaf, quantizer)
                 module.parametrizations.train(module.training)  # type: ignore[union-attr]
-        for layer, quantizer in inputs:
+        for attribute, layer, quantizer in sides:
             quantizer.train(layer.module.training)
-            layer.module.add_module(INPUT_QUANTIZER, quantizer)
-            handle = layer.module.register_forward_pre_hook(_quantize_input, with_kwargs=True)
-            undo.callback(layer.module._modules.pop, INPUT_QUANTIZER)
-            undo.callback(handle.remove)
+            layer.module.add_module(attribute, quantizer)
+            undo.callback(layer.module._modules.pop, attribute)
+            if attribute == INPUT_QUANTIZER:
+                undo.callback(layer.module.register_forward_pre_hook(_quantize_input, with_kwargs=True).remove)
+            else:
+                undo.callback(layer.module.register_forward_hook(_quantize_result).remove)
         undo.pop_all()
 
 
@@ -263,3 +277,9 @@ def _detach_weight(module: nn.Module, leaf: str, order: Sequence[str]) -> None:
 def _quantize_input(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Forward pre-hook; it looks the quantizer up in the module, so that a deep copy uses its own."""
     return map_inputs(module, args, kwargs, getattr(module, INPUT_QUANTIZER))
+
+
+def _quantize_result(module: nn.Module, _args: Any, result: torch.Tensor) -> torch.Tensor:
+    """Forward hook, as above."""
+    quantized: torch.Tensor = getattr(module, OUTPUT_QUANTIZER)(result)
+    return quantized

@@ -21,7 +21,7 @@ _ATTENTION_INPUTS = ("query", "key", "value")
 
 @dataclass(frozen=True)
 class Range:
-    """What calibration found for one layer input: q_m, whether a value below zero was seen, and the mean of |x| (both shape `[]`)."""
+    """What calibration found for one tensor: q_m, whether a value below zero was seen, and the mean of |x| (both shape `[]`)."""
 
     q_m: Tensor
     signed: bool
@@ -91,13 +91,14 @@ class RangeObserver:
         self._largest, self._smallest = ([number(one[place]) for one in seen] for place in (5, 6))
         self._means = [(number(one[7]), int(one[8])) for one in seen]
 
-    def result(self, path: str) -> Range:
-        """The range for the input of module `path`; raises ConfigError when values were not finite."""
+    def result(self, name: str) -> Range:
+        """The range for `conv1:input` or `bn1:output`; raises ConfigError when values were not finite."""
+        path, _, side = name.rpartition(":")
         if not self._largest:
-            raise ConfigError(f"calibration: the input of '{path}' was empty in every batch; use batches with data")
+            raise ConfigError(f"calibration: the {side} of '{path}' was empty in every batch; use batches with data")
         largest = torch.stack(self._largest).amax()
         if not bool(torch.isfinite(largest)):
-            raise ConfigError(f"calibration: the input of '{path}' had infinite or NaN values; check the batches and the model's weights")
+            raise ConfigError(f"calibration: the {side} of '{path}' had infinite or NaN values; check the batches and the model's weights")
         q_m = torch.stack(list(self._percentiles.values())).mean()
         if self.percentile == 100.0 or float(q_m) == 0.0:
             q_m = largest
@@ -137,20 +138,32 @@ def map_inputs(
     return new_args, {key: convert(value) if key in names else value for key, value in kwargs.items()}
 
 
-def calibrate(model: nn.Module, layers: Sequence[Layer], batches: Iterable[Any], *, percentile: float, limit: int) -> dict[str, Range]:
-    """Run up to `limit` batches through the model and return {module path: range of its input}.
+def calibrate(
+    model: nn.Module,
+    layers: Sequence[Layer],
+    batches: Iterable[Any],
+    *,
+    percentile: float,
+    limit: int,
+    results: Sequence[Layer] = (),
+) -> dict[str, Range]:
+    """Run up to `limit` batches through the model and return {"<module path>:input": range}, with `results` "<module path>:output" too.
 
     The model runs in eval mode without gradients; its modes and buffers are put back afterwards, also after an error. A layer whose
     data inputs are integers (an embedding) has no range. With several ranks (`geta.ranks`) all of them call this, each with its own
     batches, and find the same. Raises ConfigError for unusable batches and for a layer that none reaches.
     """
-    observers = {layer.path: RangeObserver(percentile) for layer in layers}
+    probes = {f"{layer.path}:input": layer.module for layer in layers} | {f"{layer.path}:output": layer.module for layer in results}
+    observers = {name: RangeObserver(percentile) for name in probes}
     with ExitStack() as stack:
         stack.enter_context(_unchanged(model))
         stack.enter_context(torch.no_grad())
         for layer in layers:
-            hook = _observing_hook(observers[layer.path])
+            hook = _observing_hook(observers[f"{layer.path}:input"])
             stack.callback(layer.module.register_forward_pre_hook(hook, with_kwargs=True).remove)
+        for layer in results:
+            after = _result_hook(observers[f"{layer.path}:output"])
+            stack.callback(layer.module.register_forward_hook(after).remove)
         count = 0
         for count, batch in enumerate(islice(_iterate(batches), limit), start=1):
             for observer in observers.values():
@@ -158,16 +171,16 @@ def calibrate(model: nn.Module, layers: Sequence[Layer], batches: Iterable[Any],
             _run(model, batch, count)
     if count == 0:
         raise ConfigError("calibration: no batch was given; pass an iterable with at least one batch of real inputs")
-    _share(observers, layers)
+    _share(observers, [*probes.values()])
     _refuse_unseen(observers, count)
-    return {path: observer.result(path) for path, observer in observers.items() if not observer.integer_only}
+    return {name: observer.result(name) for name, observer in observers.items() if not observer.integer_only}
 
 
-def _share(observers: Mapping[str, RangeObserver], layers: Sequence[Layer]) -> None:
+def _share(observers: Mapping[str, RangeObserver], modules: Sequence[nn.Module]) -> None:
     """Let every rank know what all of them have seen."""
     if ranks.count() == 1:
         return
-    devices = [next((p.device for p in layer.module.parameters()), torch.device("cpu")) for layer in layers]
+    devices = [next((p.device for p in module.parameters()), torch.device("cpu")) for module in modules]
     mine = torch.stack([observer.summary() for observer in observers.values()]).to(devices[0])
     found = ranks.gathered(mine).cpu().transpose(0, 1)
     for observer, summaries, device in zip(observers.values(), found.tolist(), devices, strict=True):
@@ -178,6 +191,15 @@ def _observing_hook(observer: RangeObserver) -> Callable[..., None]:
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         observer.calls += 1
         map_inputs(module, args, kwargs, observer.observe)
+
+    return hook
+
+
+def _result_hook(observer: RangeObserver) -> Callable[..., None]:
+    def hook(_module: nn.Module, _args: Any, result: Any) -> None:
+        observer.calls += 1
+        if isinstance(result, Tensor) and result.is_floating_point():
+            observer.observe(result)
 
     return hook
 
@@ -206,7 +228,7 @@ def _run(model: nn.Module, batch: Any, number: int) -> None:
 
 
 def _refuse_unseen(observers: Mapping[str, RangeObserver], count: int) -> None:
-    unseen = [path for path, observer in observers.items() if observer.calls == 0]
+    unseen = [name.rpartition(":")[0] for name, observer in observers.items() if observer.calls == 0]
     if unseen:
         shown = ", ".join(f"'{path}'" for path in unseen[:5]) + (" ..." if len(unseen) > 5 else "")
         raise ConfigError(

@@ -24,6 +24,8 @@ from geta.errors import ConfigError
 
 INPUT_QUANTIZER = "input_quantizer"
 """Name of the submodule that quantizes a layer's input."""
+OUTPUT_QUANTIZER = "output_quantizer"
+"""Name of the submodule that quantizes a module's result."""
 
 _NORMS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase)
 _ATTENTION_WEIGHTS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")

@@ -22,13 +22,14 @@ from geta.subnet.structure import rebuild
 
 if TYPE_CHECKING:
     from geta.cost import Cost
+    from geta.export.onnx import OnnxReport
 
 
 @dataclass(frozen=True)
 class CompactInfo:
     """What a compact model knows about how it was made; plain JSON data.
 
-    bits: {tensor name: bits}; weights by parameter name, activations as "<module path>:input".
+    bits: {tensor name: bits}; weights by parameter name, activations as "<module path>:input" and "<module path>:output".
     signed: the same names -> whether the integers have a sign.
     kept: {family: indices that stayed}. family_sizes: {family: groups before}.
     dense_cost: cost of the uncut float model on the example inputs, as JSON.
@@ -188,6 +189,18 @@ class CompactModel(nn.Module):
         from geta.export.storage import save
 
         save(self, path)
+
+    def export_onnx(self, path: str | Path, *, integers: bool = True, **options: Any) -> OnnxReport:
+        """Write one ONNX file, by default with integer weights: see `geta.export.onnx.export_onnx`."""
+        from geta.export.onnx import export_onnx
+
+        return export_onnx(self, path, integers=integers, **options)
+
+    def export_pt2(self, path: str | Path, **options: Any) -> int:
+        """Write one `.pt2` file with packed integers; returns its bytes: see `geta.export.pt2.export_pt2`."""
+        from geta.export.pt2 import export_pt2
+
+        return export_pt2(self, path, **options)
 
     def _flatten(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
         leaves, spec = pytree.tree_flatten((args, kwargs))

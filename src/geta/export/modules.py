@@ -1,0 +1,93 @@
+"""What PyTorch's exporters are given: a module around a lowered graph, example inputs, names of the results, sizes that stay open."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor, fx
+
+from geta.errors import ConfigError
+from geta.export.cleanup import Network
+from geta.subnet.structure import rebuild
+
+if TYPE_CHECKING:
+    from geta.subnet.model import CompactModel
+
+Dynamic = Literal["batch", "all", "none"]
+_WISHES: dict[str, tuple[str, ...]] = {"all": ("all", "batch", "none"), "batch": ("batch", "none"), "none": ("none",)}
+
+
+class Exportable(torch.nn.Module):
+    """Runs a lowered graph. Tensors are buffers, called as files show them.
+
+    shown: place and name of the results that are tensors.
+    """
+
+    def __init__(self, network: Network, shown: Sequence[tuple[int, str]]) -> None:
+        super().__init__()
+        self.places = [place for place, _ in shown]
+        root = torch.nn.Module()
+        graph = fx.Graph()
+        mapping: dict[fx.Node, fx.Node] = {}
+        for node in network.graph.nodes:
+            mapping[node] = graph.node_copy(node, lambda n: mapping[n])
+            if node.op == "get_attr":
+                mapping[node].target = flat(str(node.target))
+        used = {str(node.target) for node in network.graph.nodes if node.op == "get_attr"}
+        for name in used:
+            root.register_buffer(flat(name), network.tensors[name].detach().cpu().contiguous())
+        self.run = fx.GraphModule(root, graph)
+
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        results = pytree.tree_leaves(self.run(*inputs))
+        return tuple(results[place] for place in self.places)
+
+
+def flat(name: str) -> str:
+    """A tensor's name in the file."""
+    return name.replace(".", "__")
+
+
+def example_inputs(graph: fx.Graph) -> list[Any]:
+    """Inputs like those of the capture: numbers from a normal distribution, indices 0 and 1, plain values as they were."""
+    generator = torch.Generator().manual_seed(0)
+    return [_example(node, generator) for node in graph.find_nodes(op="placeholder")]
+
+
+def _example(node: fx.Node, generator: torch.Generator) -> Any:
+    recorded = node.meta.get("example")
+    if recorded is None:
+        return node.meta.get("val")
+    dtype, shape = getattr(torch, recorded["dtype"]), recorded["shape"]
+    if dtype.is_floating_point:
+        return torch.randn(shape, generator=generator).to(dtype)
+    return torch.randint(0, 2, shape, generator=generator).to(dtype)
+
+
+def named_outputs(model: CompactModel, network: Network) -> list[tuple[int, str]]:
+    """Place and name of every result that is a tensor: `logits` of a dict, `output_1` of a tuple, `output` of a single one."""
+    results = pytree.tree_leaves(network.graph.output_node().args[0])
+    spec = rebuild(model.programs["eval"].out_spec)
+    named, _ = pytree.tree_flatten_with_path(pytree.tree_unflatten([*range(len(results))], spec))
+    names = ["_".join(str(getattr(key, "key", getattr(key, "idx", key))) for key in keys) for keys, _ in named]
+    shown = [(place, name) for place, (name, result) in enumerate(zip(names, results, strict=True)) if isinstance(result, fx.Node)]
+    single = len(shown) == 1 and not shown[0][1]
+    return [(place, "output" if single else f"output_{name}" if name[:1].isdigit() else name) for place, name in shown]
+
+
+def wishes(dynamic: str) -> tuple[str, ...]:
+    """Which open sizes to try, one after another. Raises ConfigError for an unknown word."""
+    if dynamic not in _WISHES:
+        raise ConfigError(f"dynamic is {dynamic!r}: it must be one of {', '.join(get_args(Dynamic))}")
+    return _WISHES[dynamic]
+
+
+def open_sizes(leaf: Any, wish: str) -> dict[int, Any] | None:
+    """The dimensions of an input that are to stay open, for torch.export."""
+    if not isinstance(leaf, Tensor) or not leaf.dim() or wish == "none":
+        return None
+    dims = range(leaf.dim()) if wish == "all" else range(1)
+    return {dim: torch.export.Dim.AUTO for dim in dims if leaf.shape[dim] > 1} or None

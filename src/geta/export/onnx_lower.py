@@ -1,0 +1,187 @@
+"""Rewrite a cleaned-up graph so that PyTorch's ONNX exporter writes integers: `geta.export.onnx_quant` has the words."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx
+
+from geta.export.cleanup import Network, arguments
+from geta.export.onnx_quant import (
+    Form,
+    Weight,
+    activation_of,
+    bias_is_fine,
+    dequantize_linear,
+    integer_bias,
+    lower_activation,
+    lower_weight,
+    weight_of,
+)
+from geta.export.plain import lower_plain_activation
+from geta.subnet.integers import drop_unused
+
+_aten = torch.ops.aten
+_CONVOLUTIONS = (
+    *(_aten.conv1d.default, _aten.conv2d.default, _aten.conv3d.default, _aten.conv1d.padding, _aten.conv2d.padding, _aten.conv3d.padding),
+    _aten.convolution.default,
+)
+_WIDEST = 8
+_PASSED = (_aten.relu.default, _aten.relu_.default)
+"""What may stand between an integer convolution and the quantizer of its result."""
+
+
+@dataclass
+class Lowered:
+    """integer: module paths of the layers that integer kernels can run; floating: module path -> why another layer is computed in floats.
+
+    activations: name of a quantizer's node -> the node that took its place.
+    """
+
+    integer: list[str] = field(default_factory=list)
+    floating: dict[str, str] = field(default_factory=dict)
+    activations: dict[str, fx.Node] = field(default_factory=dict)
+
+
+def lower(network: Network, *, uint8_weights: bool) -> Lowered:
+    """Replace all quantizers and integer weights, in place.
+
+    Only quantizers around integer layers become QuantizeLinear: where one stands before a layer with floating-point weights, ONNX Runtime
+    rounds these weights to 8 bits. The others are written as ordinary arithmetic.
+    """
+    return _Lowering(network, uint8_weights).run()
+
+
+class _Lowering:
+    """One graph being rewritten. around: quantizers that stand before or behind integer layers."""
+
+    def __init__(self, network: Network, uint8_weights: bool) -> None:
+        self._network = network
+        self._uint8 = uint8_weights
+        self._done = Lowered()
+        self._quantizers = {node: found for node in network.graph.nodes if (found := activation_of(network, node)) is not None}
+        self._around: set[fx.Node] = set()
+
+    def run(self) -> Lowered:
+        network = self._network
+        for node in [*network.graph.nodes]:
+            if node.target is _aten.linear.default:
+                self._linear(node)
+            elif node.target in _CONVOLUTIONS:
+                self._convolution(node)
+            elif node.target is _aten.embedding.default:
+                _lower_embedding(network, node)
+        for node, found in self._quantizers.items():
+            name = node.name
+            new = lower_activation(network, node, found) if node in self._around else lower_plain_activation(network, node)
+            self._done.activations[name] = new
+        for node in [*network.graph.nodes]:
+            weight = weight_of(network, node)
+            if weight is not None and node.users:
+                node.replace_all_uses_with(lower_weight(network, weight, node, Form(self._uint8, integer=False)))
+        drop_unused(network.graph)
+        return self._done
+
+    def _linear(self, node: fx.Node) -> None:
+        """x W^T + b as a product with W^T stored, so that no transposition stands between the integers and the product."""
+        bound, graph = arguments(node), self._network.graph
+        weight, bias = weight_of(self._network, bound["weight"]), bound["bias"]
+        integer = self._judged(node, weight, bound["input"], "")
+        if weight is None:
+            return
+        values = lower_weight(self._network, weight, node, Form(self._uint8, integer, order=(1, 0)))
+        with graph.inserting_before(node):
+            new = graph.call_function(_aten.matmul.default, (bound["input"], values))
+        if bias is not None:
+            new = self._plus_bias(new, bias, weight, node) if integer else self._before(node, _aten.add.Tensor, new, bias)
+        new.meta = dict(node.meta)
+        node.replace_all_uses_with(new)
+        graph.erase_node(node)
+
+    def _convolution(self, node: fx.Node) -> None:
+        bound = arguments(node)
+        weight, bias = weight_of(self._network, bound["weight"]), bound["bias"]
+        ends = self._ends(node)
+        integer = self._judged(node, weight, bound["input"], "" if ends else "its result isn't quantized, which integer convolutions need")
+        if weight is None:
+            return
+        node.update_arg(1, lower_weight(self._network, weight, node, Form(self._uint8, integer)))
+        if not integer:
+            return
+        self._around.update(ends)
+        if bias is not None:
+            integers = self._integer_bias(bias, weight, node)
+            if len(node.args) > 2:
+                node.update_arg(2, integers)
+            else:
+                node.kwargs = {**node.kwargs, "bias": integers}
+
+    def _judged(self, node: fx.Node, weight: Weight | None, source: fx.Node, ends: str) -> bool:
+        """Whether integer kernels can run a layer; noted, with the reason if they can't."""
+        path = str(node.meta.get("module_path", "")) or node.name
+        reasons = []
+        if weight is None or weight.bits > _WIDEST:
+            reasons.append("its weight isn't quantized" if weight is None else f"its weight has {weight.bits} bits")
+        found = self._quantizers.get(source)
+        if found is None or not found.as_bytes:
+            reasons.append(
+                "its input isn't quantized" if found is None else f"its input isn't of up to {_WIDEST} bits with a zero and one scale"
+            )
+        if ends and not reasons:
+            reasons.append(ends)
+        if reasons:
+            self._done.floating[path] = "; ".join(reasons)
+            return False
+        self._done.integer.append(path)
+        self._around.add(source)
+        return True
+
+    def _ends(self, node: fx.Node) -> list[fx.Node]:
+        """The quantizers that read a convolution's result, if nothing else does."""
+        readers = [*node.users]
+        while len(readers) == 1 and readers[0].target in _PASSED:
+            readers = [*readers[0].users]
+        good = all(reader in self._quantizers and self._quantizers[reader].as_bytes for reader in readers)
+        return readers if good else []
+
+    def _plus_bias(self, product: fx.Node, bias: fx.Node, weight: Weight, node: fx.Node) -> fx.Node:
+        """Integer kernels add a bias in units of the product's integers; where those are coarse, an exact one is added afterwards.
+
+        It is subtracted with the other sign, since runtimes take an addition behind a product as a part of it, and then compute in floats.
+        """
+        source = self._quantizers[arguments(node)["input"]]
+        if bias.op != "get_attr":
+            return self._before(node, _aten.add.Tensor, product, bias)
+        if bias_is_fine(self._network, bias, source.scale, weight):
+            return self._before(node, _aten.add.Tensor, product, self._integer_bias(bias, weight, node))
+        with self._network.graph.inserting_before(node):
+            minus = self._network.add(f"{bias.target}.minus", -self._network.read(bias))
+        return self._before(node, _aten.sub.Tensor, product, minus)
+
+    def _integer_bias(self, bias: fx.Node, weight: Weight, node: fx.Node) -> fx.Node:
+        per_output = weight.scale.numel() == 1 or weight.scale.shape[0] == weight.scale.numel()
+        if bias.op != "get_attr" or not per_output:
+            return bias
+        return integer_bias(self._network, bias, self._quantizers[arguments(node)["input"]].scale, weight, node)
+
+    def _before(self, node: fx.Node, operator: Any, *args: fx.Node) -> fx.Node:
+        with self._network.graph.inserting_before(node):
+            return self._network.graph.call_function(operator, args)
+
+
+def _lower_embedding(network: Network, node: fx.Node) -> None:
+    """Look rows up among the integers and dequantize these alone."""
+    bound = arguments(node)
+    weight = weight_of(network, bound["weight"])
+    if weight is None or weight.scale.numel() != 1 or weight.codes.dtype not in (torch.int8, torch.uint8):
+        return
+    with network.graph.inserting_before(node):
+        reads = (network.add(f"{weight.name}.rows", weight.codes), network.add(f"{weight.name}.scale", weight.scale.reshape(())))
+        point = network.add(f"{weight.name}.zero_point", torch.zeros((), dtype=weight.codes.dtype))
+        rows = network.graph.call_function(_aten.index.Tensor, (reads[0], [bound["indices"]]))
+        new = network.graph.call_function(dequantize_linear, (rows, reads[1], point, 0))
+        new.meta = dict(node.meta)
+    node.replace_all_uses_with(new)
+    network.graph.erase_node(node)

@@ -1,0 +1,215 @@
+"""Quantizers and integer weights in the words of ONNX: QuantizeLinear and DequantizeLinear around ordinary operators (QDQ).
+
+An activation quantizer of b bits with step size d and range q_m becomes
+
+    DequantizeLinear(Clip(QuantizeLinear(x, d, z), z - n, z + n), d, z)        n = round(q_m / d), signed: z = 128
+    DequantizeLinear(Clip(QuantizeLinear(x, d, 0), 0, n), d, 0)                unsigned
+
+on uint8. The clip acts on integers, so it doesn't stand between a convolution and the quantizer behind
+it, which runtimes take together; where it would change nothing (unsigned, n = 255) it is left out. Signed activations are uint8 with a zero
+point as well: that is what the integer kernels of x86 want, and on others it costs nothing.
+
+A weight of b bits is its codes, as int8 (uint8 without a sign, int16 and int32 above 8 bits), behind a DequantizeLinear. `Form.uint8`:
+8-bit codes are stored as uint8 with zero point 128. On x86 CPUs without dot-product instructions kernels add two products of uint8 and int8
+numbers in 16 bits, which may overflow with weights of 8 bits (not with 7 or fewer); with two uint8 numbers they don't.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.onnx.ops
+from torch import Tensor, fx
+
+from geta.export.cleanup import Network, arguments
+from geta.quant.fixed_ops import effective_scale, has_no_zero
+from geta.quant.ops import bit_width, prepared
+from geta.subnet.integers import whole_bits
+
+OPSET = 21
+_MIDDLE, _TOP = 128, 255
+_SATURATING_BITS = 8
+_HALF_A_BYTE, _BYTE = 4, 8
+
+
+def quantize_linear(x: Tensor, scale: Tensor, zero_point: Tensor, axis: int) -> Tensor:
+    """saturate(round(x / scale) + zero_point), in the zero point's type."""
+    return torch.onnx.ops.symbolic(
+        "QuantizeLinear", (x, scale, zero_point), {"axis": axis}, dtype=zero_point.dtype, shape=x.shape, version=OPSET
+    )
+
+
+def dequantize_linear(codes: Tensor, scale: Tensor, zero_point: Tensor | None, axis: int) -> Tensor:
+    """(codes - zero_point) * scale."""
+    inputs = (codes, scale) if zero_point is None else (codes, scale, zero_point)
+    return torch.onnx.ops.symbolic("DequantizeLinear", inputs, {"axis": axis}, dtype=scale.dtype, shape=codes.shape, version=OPSET)
+
+
+def clip_codes(codes: Tensor, lowest: Tensor, highest: Tensor) -> Tensor:
+    """Clip integers."""
+    return torch.onnx.ops.symbolic("Clip", (codes, lowest, highest), dtype=codes.dtype, shape=codes.shape, version=OPSET)
+
+
+@dataclass(frozen=True)
+class Activation:
+    """A quantizer of activations. scale: [] or [C] along `axis`; exponent: t, None for 1; levels: the lowest and highest code."""
+
+    scale: Tensor
+    exponent: Tensor | None
+    levels: tuple[int, int]
+    bits: int
+    axis: int
+    has_zero: bool = True
+
+    @property
+    def signed(self) -> bool:
+        return self.levels[0] < 0
+
+    @property
+    def as_bytes(self) -> bool:
+        """Whether QuantizeLinear makes its codes, as uint8 of one scale, which is what integer kernels read."""
+        return self.bits <= _BYTE and self.has_zero and not self.scale.dim()
+
+
+def activation_of(network: Network, node: fx.Node) -> Activation | None:
+    """The quantizer that a node applies, or None where it isn't one or its parameters are computed in the graph."""
+    bound = arguments(node) if node.target in (torch.ops.geta.fake_quantize.default, torch.ops.geta.lsq_quantize.default) else {}
+    names = [name for name in ("d", "q_m", "t", "scale") if name in bound]
+    if not names or any(bound[name].op != "get_attr" for name in names):
+        return None
+    if node.target is torch.ops.geta.lsq_quantize.default:
+        scale = network.read(bound["scale"])
+        levels = (bound["quant_min"], bound["quant_max"])
+        found = _activation(effective_scale(scale, scale.dtype), None, levels, bound["bits"])
+        return replace(found, has_zero=not has_no_zero(bound["bits"], levels[0]))
+    d, q_m, t = (network.read(bound[name]) for name in ("d", "q_m", "t"))
+    signed, linear = bool(bound["signed"]), bool(bound["linear"])
+    inside = prepared(d, d, q_m, t, linear)
+    highest = int(torch.round(inside.top / inside.d).max())
+    bits = whole_bits(bit_width(d, q_m, t, signed))
+    return _activation(inside.d, None if linear else inside.t, (-highest if signed else 0, highest), bits)
+
+
+def _activation(scale: Tensor, exponent: Tensor | None, levels: tuple[int, int], bits: int) -> Activation:
+    axis = _axis(scale)
+    return Activation(_line(scale), exponent, levels, bits, axis)
+
+
+def _axis(scale: Tensor) -> int:
+    """The axis along which a scale such as [O, 1, 1, 1] has its numbers; 0 where it has one."""
+    long = [axis for axis, size in enumerate(scale.shape) if size > 1]
+    return long[0] if long else 0
+
+
+def _line(scale: Tensor) -> Tensor:
+    return scale.reshape(-1) if scale.numel() > 1 else scale.reshape(())
+
+
+def lower_activation(network: Network, node: fx.Node, found: Activation) -> fx.Node:
+    """Replace a quantizer of up to 8 bits; returns the node that has its values now."""
+    name = node.name
+    zero = _MIDDLE if found.signed else 0
+    lowest, highest = found.levels[0] + zero, found.levels[1] + zero
+    graph, x = network.graph, node.args[0]
+    with graph.inserting_before(node):
+        if found.exponent is not None:
+            x = signed_power(network, name, x, found.exponent)
+        scale = network.add(f"{name}.scale", found.scale)
+        point = network.add(f"{name}.zero_point", torch.full(found.scale.shape, zero, dtype=torch.uint8))
+        codes = graph.call_function(quantize_linear, (x, scale, point, found.axis))
+        if (lowest, highest) != (0, _TOP):
+            bounds = [network.add(f"{name}.bound", torch.tensor(value, dtype=torch.uint8)) for value in (lowest, highest)]
+            codes = graph.call_function(clip_codes, (codes, *bounds))
+        new = graph.call_function(dequantize_linear, (codes, scale, point, found.axis))
+        new.meta = dict(node.meta)
+    node.replace_all_uses_with(new)
+    graph.erase_node(node)
+    return new
+
+
+def signed_power(network: Network, name: str, x: Any, t: Tensor) -> fx.Node:
+    """sgn(x) |x|^t."""
+    graph, aten = network.graph, torch.ops.aten
+    exponent = network.add(f"{name}.exponent", t)
+    size = graph.call_function(aten.abs.default, (x,))
+    power = graph.call_function(aten.pow.Tensor_Tensor, (size, exponent))
+    return graph.call_function(aten.mul.Tensor, (graph.call_function(aten.sign.default, (x,)), power))
+
+
+@dataclass(frozen=True)
+class Weight:
+    """An integer weight. codes: as stored; scale: [] or a shape that broadcasts against them."""
+
+    name: str
+    codes: Tensor
+    scale: Tensor
+    bits: int
+
+
+def weight_of(network: Network, node: object) -> Weight | None:
+    """The integer weight that a node dequantizes, or None."""
+    if not isinstance(node, fx.Node) or node.target is not torch.ops.geta.dequantize.default:
+        return None
+    codes, scale, bits = node.args
+    if not isinstance(codes, fx.Node) or not isinstance(scale, fx.Node) or codes.op != "get_attr" or scale.op != "get_attr":
+        return None
+    return Weight(str(codes.target), network.read(codes), network.read(scale), int(str(bits)))
+
+
+def stored(weight: Weight, *, uint8: bool) -> tuple[Tensor, int | None]:
+    """The codes in the type that a file gets, and their zero point (None: the type has none)."""
+    if weight.codes.dtype is torch.int8 and weight.bits >= _SATURATING_BITS and uint8:
+        return (weight.codes.to(torch.int16) + 128).to(torch.uint8), 128
+    return weight.codes, None if weight.codes.dtype is torch.int32 else 0
+
+
+@dataclass(frozen=True)
+class Form:
+    """How a weight is written. order: of its axes, None = as it is. integer: whether integer kernels will read it. uint8: see above."""
+
+    uint8: bool
+    integer: bool = True
+    order: tuple[int, ...] | None = None
+
+
+def lower_weight(network: Network, weight: Weight, before: fx.Node, form: Form) -> fx.Node:
+    """A node for the weight's values."""
+    codes, zero = stored(weight, uint8=form.uint8 and form.integer)
+    scale = weight.scale.expand([1] * (codes.dim() - weight.scale.dim()) + list(weight.scale.shape)) if weight.scale.dim() else weight.scale
+    if form.order is not None:
+        codes = codes.permute(*form.order).contiguous()
+        scale = scale.permute(*form.order) if scale.dim() else scale
+    with network.graph.inserting_before(before):
+        reads = [network.add(f"{weight.name}.stored", codes), network.add(f"{weight.name}.scale", _line(scale))]
+        if weight.bits <= _HALF_A_BYTE and codes.dtype.itemsize == 1:
+            network.narrow.append(str(reads[0].target))
+        if not form.integer:
+            network.spelled.append(str(reads[0].target))
+        point = None if zero is None else network.add(f"{weight.name}.zero_point", torch.full_like(_line(scale), zero, dtype=codes.dtype))
+        new = network.graph.call_function(dequantize_linear, (*reads, point, _axis(scale)))
+        new.meta = dict(before.meta)
+    return new
+
+
+def bias_is_fine(network: Network, bias: fx.Node, input_scale: Tensor, weight: Weight) -> bool:
+    """Whether rounding a bias to units of input scale times weight scale changes it by less than a thousandth of its largest entry."""
+    unit = float(input_scale.double().max() * weight.scale.double().max())
+    return unit / 2 < 1e-3 * float(network.read(bias).abs().max())
+
+
+def integer_bias(network: Network, bias: fx.Node, input_scale: Tensor, weight: Weight, before: fx.Node) -> fx.Node:
+    """A bias as int32 in units of input scale times weight scale, as integer kernels add it; the node itself if it won't fit."""
+    unit = (input_scale.double() * _line(weight.scale).double()).float()
+    codes = torch.round(network.read(bias).double() / unit.double())
+    if float(codes.abs().max()) >= 2**31:
+        return bias
+    with network.graph.inserting_before(before):
+        reads = (
+            network.add(f"{bias.target}.integers", codes.to(torch.int32)),
+            network.add(f"{bias.target}.scale", unit.expand(codes.shape).contiguous() if unit.dim() else unit),
+        )
+        new = network.graph.call_function(dequantize_linear, (*reads, None, 0))
+        new.meta = dict(before.meta)
+    return new

@@ -1,0 +1,71 @@
+"""`geta export`: files beside the folder, what is printed, and what is refused."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from export_nets import CASES, compacted, inputs
+from geta.cli.main import main
+from geta.export.parity import run_file
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("export")
+    compacted("residual").save(folder / "small")
+    compacted("residual without quantized results").save(folder / "mixed")
+    return folder
+
+
+def test_onnx(saved, capsys):
+    assert main(["export", str(saved / "small")]) == 0
+    printed = capsys.readouterr().out
+    assert f"{saved}/model.onnx: {(saved / 'model.onnx').stat().st_size:,} bytes, opset 21; inputs x; outputs output" in printed.replace(
+        "\n", ""
+    )
+    assert "open sizes: x [0]" in printed
+    assert "batch norms folded: 3" in printed
+    assert "layers that integer kernels can run: 4 of 4" in printed
+    (found,) = run_file(saved / "model.onnx", [inputs(CASES["residual"], 3)])
+    assert found.shape == (3, 5)
+
+
+def test_reasons_are_printed(saved, tmp_path, capsys):
+    assert main(["export", str(saved / "mixed"), "--out", str(tmp_path / "mixed.onnx")]) == 0
+    printed = capsys.readouterr().out
+    assert "layers that integer kernels can run: 2 of 4" in printed
+    assert "  conv2: its result isn't quantized, which integer convolutions need" in printed
+
+
+def test_floats(saved, tmp_path, capsys):
+    assert main(["export", str(saved / "small"), "--float", "--dynamic", "none", "--out", str(tmp_path / "float.onnx")]) == 0
+    printed = capsys.readouterr().out
+    assert "open sizes: none" in printed
+    assert "integer kernels" not in printed
+
+
+def test_pt2(saved, tmp_path, capsys):
+    assert main(["export", str(saved / "small"), "--format", "pt2", "--out", str(tmp_path / "model.pt2")]) == 0
+    assert f"{(tmp_path / 'model.pt2').stat().st_size:,} bytes" in capsys.readouterr().out
+    (found,) = torch.export.load(tmp_path / "model.pt2").module()(inputs(CASES["residual"], 3))
+    assert found.shape == (3, 5)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (["--format", "pt2", "--float"], 2, "--float is about ONNX files"),
+        (["--format", "pt2", "--int8-weights"], 2, "--int8-weights is about ONNX files"),
+        (["--format", "tflite"], 2, "tflite"),
+        (["--out", "no/such/folder/model.onnx"], 2, "there is no folder"),
+    ],
+)
+def test_bad_arguments(saved, arguments, code, words, capsys):
+    assert main(["export", str(saved / "small"), *arguments]) == code
+    assert words in capsys.readouterr().err
+
+
+def test_a_folder_that_holds_no_model(tmp_path, capsys):
+    assert main(["export", str(tmp_path)]) == 1
+    assert "Traceback" not in capsys.readouterr().err
