@@ -17,7 +17,7 @@ def test_calls_take_turns_and_warmup_is_not_counted(monkeypatch):
     monkeypatch.setattr(latency, "time", SimpleNamespace(perf_counter=lambda: next(readings)))
     found = interleaved({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, rounds=3, warmup=1)
     assert order == ["a", "b"] * 4
-    assert found == {"a": Latency(1.0, 2.0, 3.0), "b": Latency(4.0, 4.0, 10.0)}
+    assert found == {"a": Latency(1.0, 2.0, 3.0, 3.0), "b": Latency(4.0, 4.0, 10.0, 10.0)}
 
 
 def test_each_model_is_called_with_the_input_and_without_gradients():
@@ -36,4 +36,4 @@ def test_each_model_is_called_with_the_input_and_without_gradients():
     assert seen == [("one", True), ("two", True)] * 5
     assert list(found) == ["one", "two"]
     assert 0 <= found["one"].minimum <= found["one"].median <= found["one"].maximum
-    assert list(found["two"].to_json()) == ["minimum", "median", "maximum"]
+    assert list(found["two"].to_json()) == ["minimum", "median", "p95", "maximum"]

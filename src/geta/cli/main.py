@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 from geta.cli.analyze import analyze_command
+from geta.cli.bench import bench_command
 from geta.cli.demo import demo_command
 from geta.cli.export import export_command
 from geta.cli.inspect import inspect_command
@@ -28,6 +29,7 @@ app.command("demo")(demo_command)
 app.command("analyze")(analyze_command)
 app.command("inspect")(inspect_command)
 app.command("export")(export_command)
+app.command("bench")(bench_command)
 
 
 def _print_version(value: bool) -> None:

@@ -22,7 +22,7 @@ import torch
 from geta.errors import BadModelError, ConfigError
 from geta.export.cleanup import Network, clean_up, copied
 from geta.export.modules import Dynamic, Exportable, example_inputs, flat, named_outputs, open_sizes, wishes
-from geta.export.onnx_file import multiply_out, pack_int4, strip, write
+from geta.export.onnx_file import multiply_out, pack_int4, simplify, strip, write
 from geta.export.onnx_lower import Lowered, lower
 from geta.export.onnx_quant import OPSET
 from geta.export.plain import lower_plain
@@ -83,7 +83,7 @@ def write_network(
 ) -> tuple[int, dict[str, list[int]]]:
     """Write a lowered graph; returns the bytes and the sizes that stayed open."""
     inputs = [node.name for node in network.graph.find_nodes(op="placeholder")]
-    program, opened = _exported(Exportable(network, shown), leaves, inputs, [name for _, name in shown], dynamic)
+    program, opened = exported(Exportable(network, shown), leaves, inputs, [name for _, name in shown], dynamic)
     strip(program)
     multiply_out(program, [f"run.{flat(name)}" for name in network.spelled])
     pack_int4(program, [f"run.{flat(name)}" for name in network.narrow])
@@ -115,10 +115,13 @@ def _lowered(network: Network, *, integers: bool, uint8_weights: bool) -> Lowere
     return Lowered()
 
 
-def _exported(
-    module: Exportable, leaves: Sequence[Any], inputs: Sequence[str], outputs: Sequence[str], dynamic: Dynamic
+def exported(
+    module: torch.nn.Module, leaves: Sequence[Any], inputs: Sequence[str], outputs: Sequence[str] | None, dynamic: Dynamic
 ) -> tuple[Any, dict[str, list[int]]]:
-    """PyTorch's ONNX program, with as many open sizes as were asked for and can be had."""
+    """PyTorch's ONNX program of a module that takes `*leaves`, with as many open sizes as were asked for and can be had.
+
+    outputs: names of the results; None = PyTorch's. Returns the sizes that stayed open too. Raises BadModelError.
+    """
     errors: list[Exception] = []
     for wish in wishes(dynamic):
         shapes = tuple(open_sizes(leaf, wish) for leaf in leaves)
@@ -128,12 +131,14 @@ def _exported(
                     module,
                     tuple(leaves),
                     input_names=list(inputs),
-                    output_names=list(outputs),
+                    output_names=None if outputs is None else list(outputs),
                     opset_version=OPSET,
                     dynamo=True,
                     dynamic_shapes=(shapes,) if wish != "none" else None,
+                    optimize=False,
                     verbose=False,
                 )
+                simplify(program)
         except Exception as error:  # noqa: BLE001 - whatever PyTorch's exporter raises; what it says goes into ours
             errors.append(error)
             continue

@@ -15,6 +15,25 @@ from geta.errors import ConfigError
 _LARGEST_FILE = 1 << 31  # a protocol buffer holds less than 2 GiB; above that tensors go into a second file
 
 
+def simplify(program: Any) -> None:
+    """Compute constants, and remove what does nothing.
+
+    The exporter's own `optimize` also merges equal initializers, which here are weights and scales of their own, and joins clips, which
+    gives invalid files where two of them follow one ReLU.
+    """
+    import onnxscript.optimizer
+    from onnx_ir.passes import Sequential, common
+
+    onnxscript.optimizer.fold_constants(program.model)
+    Sequential(
+        common.IdentityEliminationPass(),
+        common.RemoveUnusedNodesPass(),
+        common.RemoveUnusedFunctionsPass(),  # type: ignore[no-untyped-call]
+        common.RemoveUnusedOpsetsPass(),
+        common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
+    )(program.model)
+
+
 def strip(program: Any) -> None:
     """Remove stack traces and the like: they are longer than a small network, and name the author's folders."""
     for function in (program.model, program.model.graph):

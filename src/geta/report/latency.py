@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 import torch
@@ -13,10 +14,11 @@ from torch import nn
 
 @dataclass(frozen=True)
 class Latency:
-    """Milliseconds per call: the fastest, the median and the slowest of all timed rounds."""
+    """Milliseconds per call: the fastest, the median, the 95th percentile and the slowest of all timed rounds."""
 
     minimum: float
     median: float
+    p95: float
     maximum: float
 
     def to_json(self) -> dict[str, float]:
@@ -37,7 +39,12 @@ def interleaved(calls: Mapping[str, Callable[[], object]], rounds: int = 30, war
             call()
             if number >= warmup:
                 times[name].append((time.perf_counter() - start) * 1e3)
-    return {name: Latency(min(found), statistics.median(found), max(found)) for name, found in times.items()}
+    return {name: _summary(sorted(found)) for name, found in times.items()}
+
+
+def _summary(times: Sequence[float]) -> Latency:
+    """times: in order."""
+    return Latency(times[0], statistics.median(times), times[math.ceil(0.95 * len(times)) - 1], times[-1])
 
 
 def inference_latency(models: Mapping[str, nn.Module], x: torch.Tensor, rounds: int = 30) -> dict[str, Latency]:

@@ -190,6 +190,15 @@ class CompactModel(nn.Module):
 
         save(self, path)
 
+    @property
+    def input_spec(self) -> pytree.TreeSpec:
+        """How (args, kwargs) are put together from flattened inputs."""
+        return self._in_spec
+
+    def flattened(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Any]:
+        """Inputs in the order of the graph's own. Raises BadModelError when they aren't those of the capture."""
+        return self._flatten(args, dict(kwargs))
+
     def export_onnx(self, path: str | Path, *, integers: bool = True, **options: Any) -> OnnxReport:
         """Write one ONNX file, by default with integer weights: see `geta.export.onnx.export_onnx`."""
         from geta.export.onnx import export_onnx

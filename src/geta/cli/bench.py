@@ -1,0 +1,89 @@
+"""`geta bench DIR`: how long a saved compact model takes, beside the dense one, in every runtime that is installed."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from geta.cli.analyze import parse_shape
+from geta.cli.options import Debug
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from geta.report.runtimes import Measured
+
+
+def bench_command(
+    *,
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder that a compact model was saved in.", show_default=False)],
+    dense: Annotated[
+        str | None, typer.Option(metavar="TARGET", help="The network it came from: python.path:factory, timm:NAME or hf:CONFIG.")
+    ] = None,
+    input_shape: Annotated[str | None, typer.Option(help="Shape of one random input of TARGET, batch first, e.g. 1,3,224,224.")] = None,
+    batch: Annotated[list[int] | None, typer.Option(help="Batch size; repeatable. Default: 1 and 8.", show_default=False)] = None,
+    threads: Annotated[int, typer.Option(help="Threads of every runtime.")] = 1,
+    rounds: Annotated[int, typer.Option(help="Timed rounds; every candidate runs once in each.")] = 30,
+    runtime: Annotated[
+        list[str] | None, typer.Option(help="eager, compile, onnx or openvino; repeatable. Default: all.", show_default=False)
+    ] = None,
+    json: Annotated[Path | None, typer.Option(help="Write the numbers to this JSON file as well.")] = None,
+    debug: Debug = False,  # noqa: ARG001 - acts in its callback
+) -> None:
+    """Time a saved compact model in PyTorch, torch.compile, ONNX Runtime and OpenVINO, as far as they are installed."""
+    from rich.console import Console
+
+    import geta
+    from geta.cli.targets import resolve_target
+    from geta.report.files import folder_bytes, write_json
+    from geta.report.runtimes import RUNTIMES, measure
+
+    model = geta.load(folder)
+    target = None if dense is None else resolve_target(dense, None if input_shape is None else parse_shape(input_shape))
+    if input_shape is not None and dense is None:
+        raise geta.ConfigError("--input-shape is about the network of --dense: leave it out, or name that network")
+    with tempfile.TemporaryDirectory() as files:
+        found = measure(
+            model,
+            None if target is None else target.model,
+            folder=Path(files),
+            args=() if target is None else target.args,
+            kwargs={} if target is None else target.kwargs,
+            batches=batch or (1, 8),
+            threads=threads,
+            rounds=rounds,
+            runtimes=runtime or RUNTIMES,
+        )
+    console = Console()
+    console.print(f"{folder}: {folder_bytes(folder):,} bytes on disk; {threads} thread(s), {rounds} rounds", highlight=False, markup=False)
+    console.print(latency_table(found))
+    for name, reason in found.missing.items():
+        console.print(f"not measured: {name}: {reason}", highlight=False, markup=False)
+    if json is not None:
+        write_json(json, found.to_json())
+
+
+def latency_table(found: Measured) -> Table:
+    """Median and 95th percentile of every candidate; ratios to the dense network in ONNX Runtime, or else in PyTorch."""
+    from rich.table import Table
+
+    table = Table(title="Milliseconds per call", title_justify="left")
+    table.add_column("")
+    for batch in found.latency:
+        for heading in (f"batch {batch}, median", "p95", "times faster"):
+            table.add_column(heading, justify="right")
+    names = list(next(iter(found.latency.values()), {}))
+    base = next((name for name in ("dense, ONNX Runtime, floats", "dense, PyTorch") if name in names), None)
+    for name in sorted(names, reverse=True):
+        cells = [name]
+        for times in found.latency.values():
+            ratio = "" if base is None else f"{times[base].median / times[name].median:.2f}"
+            cells += [f"{times[name].median:.3f}", f"{times[name].p95:.3f}", ratio]
+        table.add_row(*cells)
+    if base is not None:
+        table.caption = f"times faster: than {base}"
+        table.caption_justify = "left"
+    return table

@@ -1,0 +1,205 @@
+"""A dense and a compact network in every runtime that is installed here, ready to be timed side by side."""
+
+from __future__ import annotations
+
+import importlib.util
+import platform
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor, nn
+
+from geta.errors import ConfigError
+from geta.export.modules import example_inputs
+from geta.report.latency import Latency, interleaved
+from geta.subnet.model import CompactModel
+
+RUNTIMES = ("eager", "compile", "onnx", "openvino")
+"""PyTorch as it is, `torch.compile`, ONNX Runtime, OpenVINO."""
+
+_Build = Callable[["_Network"], Callable[[Sequence[Any]], object]]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """latency: batch size -> name of a candidate, such as "compact, ONNX Runtime, integers" -> its times. missing: candidate -> why not."""
+
+    latency: dict[int, dict[str, Latency]]
+    missing: dict[str, str] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data for result files."""
+        times = {str(batch): {name: one.to_json() for name, one in found.items()} for batch, found in self.latency.items()}
+        return {"latency_ms": times, "missing": self.missing}
+
+
+@dataclass(frozen=True)
+class _Network:
+    """A module that takes flattened inputs, and where its files may lie."""
+
+    module: nn.Module
+    compact: CompactModel | None
+    inputs: Sequence[Any]
+    folder: Path
+    threads: int
+
+
+def measure(
+    compact: CompactModel,
+    dense: nn.Module | None = None,
+    *,
+    folder: Path,
+    args: tuple[Any, ...] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    batches: Sequence[int] = (1, 8),
+    threads: int = 1,
+    rounds: int = 30,
+    runtimes: Sequence[str] = RUNTIMES,
+) -> Measured:
+    """Time a compact network, and the dense one it came from if it is given, in turn within every round.
+
+    args, kwargs: the dense model's example inputs; None = random ones of the sizes that the compact model was captured with.
+    batches:      batch sizes; inputs are repeated along their first dimension. threads: of every runtime.
+    folder:       where the exported files go. rounds: timed ones, after three others.
+    Raises ConfigError for an unknown runtime or impossible numbers.
+    """
+    unknown = [name for name in runtimes if name not in RUNTIMES]
+    if unknown or min((*batches, threads, rounds, 1)) < 1 or not batches:
+        raise ConfigError(
+            f"unknown runtime '{unknown[0]}'; known are {', '.join(RUNTIMES)}" if unknown else "batches, threads and rounds start at 1"
+        )
+    given = compact.flattened(args, kwargs or {}) if args or kwargs else example_inputs(compact.programs["eval"].graph)
+    networks = {"compact": _Network(_Flat(compact.eval(), compact), compact, given, folder, threads)}
+    if dense is not None:
+        networks["dense"] = _Network(_Flat(dense.eval(), compact), None, given, folder, threads)
+    calls: dict[str, Callable[[Sequence[Any]], object]] = {}
+    missing: dict[str, str] = {}
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for side, network in networks.items():
+            for words, build in _candidates(side, runtimes).items():
+                name = f"{side}, {words}"
+                try:
+                    calls[name] = build(network)
+                    calls[name](_batch(given, batches[0]))
+                except Exception as error:  # noqa: BLE001 - whatever a runtime raises: the others are measured, and this one is named
+                    calls.pop(name, None)
+                    missing[name] = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+        found = {}
+        for batch in batches:
+            inputs = _batch(given, batch)
+            found[batch] = interleaved({name: lambda call=call, inputs=inputs: call(inputs) for name, call in calls.items()}, rounds)  # type: ignore[misc]
+    finally:
+        torch.set_num_threads(before)
+    return Measured(found, missing)
+
+
+class _Flat(nn.Module):
+    """A model as a function of flattened inputs, with a tuple of tensors as its result."""
+
+    def __init__(self, model: nn.Module, compact: CompactModel) -> None:
+        super().__init__()
+        self.model = model
+        self.spec = compact.input_spec
+
+    def forward(self, *leaves: Any) -> tuple[Tensor, ...]:
+        """Put the inputs together and take the results apart."""
+        args, kwargs = pytree.tree_unflatten([*leaves], self.spec)
+        results = pytree.tree_leaves(self.model(*args, **kwargs))
+        return tuple(result for result in results if isinstance(result, Tensor))
+
+
+def has_dot_products(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
+    """Whether this CPU multiplies and adds 8-bit numbers in one instruction without overflow, as far as its own description says."""
+    if platform.machine().lower() in ("arm64", "aarch64"):
+        return True
+    return cpuinfo.is_file() and any(flag in cpuinfo.read_text() for flag in ("avx512_vnni", "avx_vnni", "amx_int8"))
+
+
+def _batch(leaves: Sequence[Any], size: int) -> list[Any]:
+    """Every tensor's rows, repeated or cut to `size` of them."""
+
+    def rows(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor) or not leaf.dim():
+            return leaf
+        return torch.cat([leaf] * -(-size // leaf.shape[0]))[:size].contiguous()
+
+    return [rows(leaf) for leaf in leaves]
+
+
+def _candidates(side: str, runtimes: Sequence[str]) -> dict[str, _Build]:
+    builds: dict[str, tuple[str, _Build]] = {"PyTorch": ("eager", _eager), "torch.compile": ("compile", _compiled)}
+    if side == "compact":
+        builds["ONNX Runtime, integers"] = ("onnx", lambda network: _onnx(network, integers=True))
+        builds["ONNX Runtime, floats"] = ("onnx", lambda network: _onnx(network, integers=False))
+        builds["OpenVINO, integers"] = ("openvino", lambda network: _openvino(network, integers=True))
+    else:
+        builds["ONNX Runtime, floats"] = ("onnx", lambda network: _onnx(network, integers=False))
+        builds["OpenVINO, floats"] = ("openvino", lambda network: _openvino(network, integers=False))
+    here = importlib.util.find_spec("openvino") is not None
+    return {words: build for words, (runtime, build) in builds.items() if runtime in runtimes and (runtime != "openvino" or here)}
+
+
+def _eager(network: _Network) -> Callable[[Sequence[Any]], object]:
+    module = network.module
+
+    def call(leaves: Sequence[Any]) -> object:
+        with torch.inference_mode():
+            return module(*leaves)
+
+    return call
+
+
+def _compiled(network: _Network) -> Callable[[Sequence[Any]], object]:
+    module = torch.compile(network.module)
+
+    def call(leaves: Sequence[Any]) -> object:
+        with torch.no_grad():
+            return module(*leaves)
+
+    return call
+
+
+def _file(network: _Network, *, integers: bool) -> Path:
+    """The network as an ONNX file, with the batch size open."""
+    from geta.export.onnx import export_onnx, exported
+
+    if network.compact is not None:
+        path = network.folder / f"compact-{'integers' if integers else 'floats'}.onnx"
+        return export_onnx(network.compact, path, integers=integers, uint8_weights=not has_dot_products()).path
+    path = network.folder / "dense.onnx"
+    names = [f"input_{place}" for place in range(len(network.inputs))]
+    program, _ = exported(network.module, network.inputs, names, None, "batch")
+    program.save(path)
+    return path
+
+
+def _onnx(network: _Network, *, integers: bool) -> Callable[[Sequence[Any]], object]:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = network.threads
+    options.log_severity_level = 3
+    session = onnxruntime.InferenceSession(str(_file(network, integers=integers)), options, providers=["CPUExecutionProvider"])
+    names = [one.name for one in session.get_inputs()]
+
+    def call(leaves: Sequence[Any]) -> object:
+        arrays = [leaf.numpy() for leaf in leaves if isinstance(leaf, Tensor)]
+        return session.run(None, dict(zip(names, arrays, strict=True)))
+
+    return call
+
+
+def _openvino(network: _Network, *, integers: bool) -> Callable[[Sequence[Any]], object]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import openvino
+
+    model = openvino.Core().compile_model(str(_file(network, integers=integers)), "CPU", {"INFERENCE_NUM_THREADS": network.threads})
+    return lambda leaves: model([leaf.numpy() for leaf in leaves if isinstance(leaf, Tensor)])
