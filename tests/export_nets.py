@@ -97,6 +97,8 @@ CASES: dict[str, Case] = {
     "attention": Case(Attention, (2, 7, 16), results=False),
     "words": Case(Words, (2, 9), results=False),
     "weights only": Case(convolutions, (2, 3, 12, 12), {"activations": None}),
+    "weights only, per channel": Case(perceptron, (5, 12), {"activations": None, "granularity": "channel"}),
+    "words of few bits": Case(Words, (2, 9), {"weights": _BITS(3, 4)}, results=False),
     "2 to 3 bits": Case(convolutions, (2, 3, 12, 12), {"weights": _BITS(2, 3), "activations": _BITS(4, 4)}),
     "8 bits per channel": Case(Residual, (2, 3, 8, 8), {"weights": _BITS(8, 8), "granularity": "channel"}),
     "12 bits": Case(perceptron, (5, 12), {"weights": _BITS(12, 12), "activations": _BITS(12, 12)}),

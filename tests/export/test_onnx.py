@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import subprocess
 import sys
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -14,6 +16,7 @@ import pytest
 import torch
 from torch import nn
 
+import export_nets
 import geta
 from export_nets import CASES, compacted, inputs
 from geta.export.onnx import export_onnx
@@ -137,6 +140,17 @@ def test_a_file_has_the_size_of_its_bits(tmp_path):
     assert report.bytes == (tmp_path / "model.onnx").stat().st_size
     assert report.bytes < 1.05 * small.cost.weight_bytes
     assert b"geta" not in (tmp_path / "model.onnx").read_bytes()  # nor any folder of whoever wrote it
+
+
+def test_the_same_model_gives_the_same_file(models, tmp_path):
+    code = (
+        "import sys; sys.path.insert(0, sys.argv[1])\nfrom export_nets import compacted\ncompacted('residual').export_onnx(sys.argv[2])\n"
+    )
+    tests = str(Path(export_nets.__file__).parent)
+    for seed in ("1", "2"):
+        environment = {**os.environ, "PYTHONHASHSEED": seed}
+        subprocess.run([sys.executable, "-W", "ignore", "-c", code, tests, str(tmp_path / f"{seed}.onnx")], check=True, env=environment)
+    assert (tmp_path / "1.onnx").read_bytes() == (tmp_path / "2.onnx").read_bytes()
 
 
 def test_eight_bit_weights_overflow_nowhere_unless_asked(models, tmp_path):

@@ -36,8 +36,7 @@ class Exportable(torch.nn.Module):
             mapping[node] = graph.node_copy(node, lambda n: mapping[n])
             if node.op == "get_attr":
                 mapping[node].target = flat(str(node.target))
-        used = {str(node.target) for node in network.graph.nodes if node.op == "get_attr"}
-        for name in used:
+        for name in dict.fromkeys(str(node.target) for node in network.graph.nodes if node.op == "get_attr"):
             root.register_buffer(flat(name), network.tensors[name].detach().cpu().contiguous())
         self.run = fx.GraphModule(root, graph)
 
@@ -76,6 +75,13 @@ def named_outputs(model: CompactModel, network: Network) -> list[tuple[int, str]
     shown = [(place, name) for place, (name, result) in enumerate(zip(names, results, strict=True)) if isinstance(result, fx.Node)]
     single = len(shown) == 1 and not shown[0][1]
     return [(place, "output" if single else f"output_{name}" if name[:1].isdigit() else name) for place, name in shown]
+
+
+def first_cause(error: BaseException) -> str:
+    """What went wrong at the bottom of a chain of errors, in one line."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
 
 
 def wishes(dynamic: str) -> tuple[str, ...]:

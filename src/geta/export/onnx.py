@@ -21,7 +21,7 @@ import torch
 
 from geta.errors import BadModelError, ConfigError
 from geta.export.cleanup import Network, clean_up, copied
-from geta.export.modules import Dynamic, Exportable, example_inputs, flat, named_outputs, open_sizes, wishes
+from geta.export.modules import Dynamic, Exportable, example_inputs, first_cause, flat, named_outputs, open_sizes, wishes
 from geta.export.onnx_file import multiply_out, pack_int4, simplify, strip, write
 from geta.export.onnx_lower import Lowered, lower
 from geta.export.onnx_quant import OPSET
@@ -122,7 +122,7 @@ def exported(
 
     outputs: names of the results; None = PyTorch's. Returns the sizes that stayed open too. Raises BadModelError.
     """
-    errors: list[Exception] = []
+    reason = ""
     for wish in wishes(dynamic):
         shapes = tuple(open_sizes(leaf, wish) for leaf in leaves)
         try:
@@ -140,10 +140,10 @@ def exported(
                 )
                 simplify(program)
         except Exception as error:  # noqa: BLE001 - whatever PyTorch's exporter raises; what it says goes into ours
-            errors.append(error)
+            reason = first_cause(error)
             continue
         return program, _opened(program, inputs)
-    raise BadModelError(f"PyTorch's ONNX exporter can't write this model: {type(errors[-1]).__name__}: {str(errors[-1]).splitlines()[0]}")
+    raise BadModelError(f"PyTorch's ONNX exporter can't write this model: {reason}")
 
 
 def _opened(program: Any, inputs: Sequence[str]) -> dict[str, list[int]]:

@@ -10,11 +10,13 @@ from torch import fx
 
 from geta.export.cleanup import Network, arguments
 from geta.export.onnx_quant import (
+    HALF_A_BYTE,
     Form,
     Weight,
     activation_of,
     bias_is_fine,
     dequantize_linear,
+    gather_rows,
     integer_bias,
     lower_activation,
     lower_weight,
@@ -179,8 +181,10 @@ def _lower_embedding(network: Network, node: fx.Node) -> None:
         return
     with network.graph.inserting_before(node):
         reads = (network.add(f"{weight.name}.rows", weight.codes), network.add(f"{weight.name}.scale", weight.scale.reshape(())))
+        if weight.bits <= HALF_A_BYTE:
+            network.narrow.append(str(reads[0].target))
         point = network.add(f"{weight.name}.zero_point", torch.zeros((), dtype=weight.codes.dtype))
-        rows = network.graph.call_function(_aten.index.Tensor, (reads[0], [bound["indices"]]))
+        rows = network.graph.call_function(gather_rows, (reads[0], bound["indices"]))
         new = network.graph.call_function(dequantize_linear, (rows, reads[1], point, 0))
         new.meta = dict(node.meta)
     node.replace_all_uses_with(new)

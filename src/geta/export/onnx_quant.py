@@ -31,7 +31,7 @@ from geta.subnet.integers import whole_bits
 OPSET = 21
 _MIDDLE, _TOP = 128, 255
 _SATURATING_BITS = 8
-_HALF_A_BYTE, _BYTE = 4, 8
+HALF_A_BYTE, _BYTE = 4, 8
 
 
 def quantize_linear(x: Tensor, scale: Tensor, zero_point: Tensor, axis: int) -> Tensor:
@@ -50,6 +50,12 @@ def dequantize_linear(codes: Tensor, scale: Tensor, zero_point: Tensor | None, a
 def clip_codes(codes: Tensor, lowest: Tensor, highest: Tensor) -> Tensor:
     """Clip integers."""
     return torch.onnx.ops.symbolic("Clip", (codes, lowest, highest), dtype=codes.dtype, shape=codes.shape, version=OPSET)
+
+
+def gather_rows(codes: Tensor, places: Tensor) -> Tensor:
+    """Rows of a table of integers."""
+    shape = (*places.shape, *codes.shape[1:])
+    return torch.onnx.ops.symbolic("Gather", (codes, places), {"axis": 0}, dtype=codes.dtype, shape=shape, version=OPSET)
 
 
 @dataclass(frozen=True)
@@ -183,7 +189,7 @@ def lower_weight(network: Network, weight: Weight, before: fx.Node, form: Form) 
         scale = scale.permute(*form.order) if scale.dim() else scale
     with network.graph.inserting_before(before):
         reads = [network.add(f"{weight.name}.stored", codes), network.add(f"{weight.name}.scale", _line(scale))]
-        if weight.bits <= _HALF_A_BYTE and codes.dtype.itemsize == 1:
+        if weight.bits <= HALF_A_BYTE and codes.dtype.itemsize == 1:
             network.narrow.append(str(reads[0].target))
         if not form.integer:
             network.spelled.append(str(reads[0].target))

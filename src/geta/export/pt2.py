@@ -11,7 +11,7 @@ import torch
 
 from geta.errors import BadModelError, ConfigError
 from geta.export.cleanup import clean_up, copied
-from geta.export.modules import Exportable, example_inputs, named_outputs, open_sizes, wishes
+from geta.export.modules import Exportable, example_inputs, first_cause, named_outputs, open_sizes, wishes
 from geta.export.plain import lower_plain
 
 if TYPE_CHECKING:
@@ -47,12 +47,12 @@ def export_pt2(model: CompactModel, path: str | Path, *, dynamic: Dynamic = "bat
 
 
 def _exported(module: Exportable, leaves: list[Any], dynamic: Dynamic) -> torch.export.ExportedProgram:
-    error: Exception | None = None
+    reason = ""
     for wish in wishes(dynamic):
         shapes = (tuple(open_sizes(leaf, wish) for leaf in leaves),)
         try:
             with torch.no_grad():
                 return torch.export.export(module, tuple(leaves), dynamic_shapes=shapes if wish != "none" else None, strict=False)
-        except Exception as found:  # noqa: BLE001 - whatever torch.export raises; what it says goes into ours
-            error = found
-    raise BadModelError(f"torch.export can't export this model: {type(error).__name__}: {str(error).splitlines()[0]}")
+        except Exception as error:  # noqa: BLE001 - whatever torch.export raises; what it says goes into ours
+            reason = first_cause(error)
+    raise BadModelError(f"torch.export can't export this model: {reason}")
