@@ -79,13 +79,11 @@ def _converted(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     Quantized anew with more digits, a weight that lies on a rounding boundary would get another code: another network.
     """
     model = copy.deepcopy(model)
-    for module in [*model.modules()]:
-        for name, chain in [*getattr(module, "parametrizations", {}).items()]:
-            for quantizer in chain:
-                if isinstance(quantizer, Quantizer):
-                    weight = quantizer.codes(chain.original).to(dtype) * quantizer.d.to(dtype)
-                    parametrize.remove_parametrizations(module, name)
-                    setattr(module, name, nn.Parameter(weight))
+    for chain in [module for module in model.modules() if isinstance(module, parametrize.ParametrizationList)]:
+        for place, quantizer in enumerate(chain):
+            if isinstance(quantizer, Quantizer):
+                chain.original = nn.Parameter(quantizer.codes(chain.original).to(dtype) * quantizer.d.to(dtype))
+                chain[place] = nn.Identity()  # removing the parametrization would take it from the copied model too
     return model.to(dtype)
 
 
