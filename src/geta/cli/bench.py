@@ -58,10 +58,15 @@ def bench_command(
             runtimes=runtime or RUNTIMES,
         )
     console = Console()
-    console.print(f"{folder}: {folder_bytes(folder):,} bytes on disk; {threads} thread(s), {rounds} rounds", highlight=False, markup=False)
+    console.print(
+        f"{folder}: {folder_bytes(folder):,} bytes on disk; {threads} thread(s), {rounds} rounds",
+        highlight=False,
+        markup=False,
+        soft_wrap=True,
+    )
     console.print(latency_table(found))
     for name, reason in found.missing.items():
-        console.print(f"not measured: {name}: {reason}", highlight=False, markup=False)
+        console.print(f"not measured: {name}: {reason}", highlight=False, markup=False, soft_wrap=True)
     if json is not None:
         write_json(json, found.to_json())
 

@@ -55,7 +55,7 @@ def export_command(
     console = Console()
     if form is Format.PT2:
         size = model.export_pt2(target, dynamic=dynamic.value)
-        console.print(f"{target}: {size:,} bytes", highlight=False, markup=False)
+        console.print(f"{target}: {size:,} bytes", highlight=False, markup=False, soft_wrap=True)
         return
     report = model.export_onnx(target, integers=not floats, dynamic=dynamic.value, uint8_weights=not signed_weights)
     _show(console, model, report, integers=not floats)
@@ -63,7 +63,7 @@ def export_command(
 
 def _show(console: Console, model: CompactModel, report: OnnxReport, *, integers: bool) -> None:
     def line(text: str) -> None:
-        console.print(text, highlight=False, markup=False)
+        console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     line(f"{report.path}: {report.bytes:,} bytes, opset 21; inputs {', '.join(report.inputs)}; outputs {', '.join(report.outputs)}")
     line("open sizes: " + (", ".join(f"{name} {dims}" for name, dims in report.dynamic.items()) or "none"))
