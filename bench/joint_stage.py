@@ -73,7 +73,7 @@ class Setting:
     activations: int | None
     forgetting: Forgetting | None
     seed: int
-    epochs: int = 60
+    epochs: int = 40
     sparsity: float = 0.5
     learning_rate: float = 0.02
     quant_lr: float = 1e-4
@@ -198,7 +198,7 @@ def main() -> None:
     parser.add_argument("--networks", nargs="+", choices=sorted(NETWORKS), default=sorted(NETWORKS))
     parser.add_argument("--rules", nargs="+", default=["blend", "descent", "uniform", "cosine"])
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--epochs", type=int, default=60)
+    parser.add_argument("--epochs", type=int, default=40)
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--fresh", action="store_true")
     parser.add_argument("--out", type=Path, default=RESULTS)

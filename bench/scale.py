@@ -83,7 +83,9 @@ def measure(config: Config) -> dict[str, Any]:
     import geta
 
     from .clock import timed_analysis
+    from .zoo.shim import declare_torchvision_operators
 
+    declare_torchvision_operators()  # transformers imports torchvision where there is one
     started = time.perf_counter()
     kind = getattr(transformers, f"{config.kind}Config")
     chosen = kind(num_hidden_layers=config.layers, vocab_size=32000, use_cache=False, **config.options)
