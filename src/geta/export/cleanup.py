@@ -19,16 +19,13 @@ import torch
 from torch import Tensor, fx
 
 from geta.graph.propagate import bind_arguments
+from geta.quant.results import CONVOLUTIONS
 from geta.subnet.integers import drop_unused
 
 _aten = torch.ops.aten
 
-_LAYERS = (
-    *(_aten.conv1d.default, _aten.conv2d.default, _aten.conv3d.default, _aten.conv1d.padding, _aten.conv2d.padding, _aten.conv3d.padding),
-    *(_aten.convolution.default, _aten.linear.default),
-    *(_aten.conv_transpose1d.default, _aten.conv_transpose2d.input, _aten.conv_transpose3d.input),
-)
 _TRANSPOSED = (_aten.conv_transpose1d.default, _aten.conv_transpose2d.input, _aten.conv_transpose3d.input)
+_LAYERS = (*CONVOLUTIONS, *_TRANSPOSED, _aten.linear.default)
 _WITHOUT_EFFECT = (_aten.detach.default, _aten.alias.default, _aten.lift_fresh_copy.default)
 
 

@@ -23,16 +23,11 @@ from geta.export.onnx_quant import (
     weight_of,
 )
 from geta.export.plain import lower_plain_activation
+from geta.quant.results import CONVOLUTIONS, RELUS
 from geta.subnet.integers import drop_unused
 
 _aten = torch.ops.aten
-_CONVOLUTIONS = (
-    *(_aten.conv1d.default, _aten.conv2d.default, _aten.conv3d.default, _aten.conv1d.padding, _aten.conv2d.padding, _aten.conv3d.padding),
-    _aten.convolution.default,
-)
 _WIDEST = 8
-_PASSED = (_aten.relu.default, _aten.relu_.default)
-"""What may stand between an integer convolution and the quantizer of its result."""
 
 
 @dataclass
@@ -71,7 +66,7 @@ class _Lowering:
         for node in [*network.graph.nodes]:
             if node.target is _aten.linear.default:
                 self._linear(node)
-            elif node.target in _CONVOLUTIONS:
+            elif node.target in CONVOLUTIONS:
                 self._convolution(node)
             elif node.target is _aten.embedding.default:
                 _lower_embedding(network, node)
@@ -143,7 +138,7 @@ class _Lowering:
     def _ends(self, node: fx.Node) -> list[fx.Node]:
         """The quantizers that read a convolution's result, if nothing else does."""
         readers = [*node.users]
-        while len(readers) == 1 and readers[0].target in _PASSED:
+        while len(readers) == 1 and readers[0].target in RELUS:
             readers = [*readers[0].users]
         good = all(reader in self._quantizers and self._quantizers[reader].as_bytes for reader in readers)
         return readers if good else []

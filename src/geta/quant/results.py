@@ -26,11 +26,13 @@ if TYPE_CHECKING:
     from geta.graph.capture import Capture
 
 _aten = torch.ops.aten
-_CONVOLUTIONS = (
+CONVOLUTIONS = (
     *(_aten.conv1d.default, _aten.conv2d.default, _aten.conv3d.default, _aten.conv1d.padding, _aten.conv2d.padding, _aten.conv3d.padding),
     _aten.convolution.default,
 )
-_RELUS = (_aten.relu.default, _aten.relu_.default)
+"""Of any number of dimensions, not transposed."""
+RELUS = (_aten.relu.default, _aten.relu_.default)
+"""What may stand between an integer convolution and the quantizer of its result."""
 
 
 def find_results(model: nn.Module, capture: Capture, layers: Sequence[Layer]) -> list[Layer]:
@@ -42,13 +44,13 @@ def find_results(model: nn.Module, capture: Capture, layers: Sequence[Layer]) ->
     quantized = {layer.path for layer in layers if layer.quantize_input}
     path = capture.module_path
     norms = {node for node in graph.nodes if node.target is _aten.batch_norm.default}
-    calls = Counter(path(node) for node in graph.nodes if node.target in (*_CONVOLUTIONS, *_RELUS) or node in norms)
+    calls = Counter(path(node) for node in graph.nodes if node.target in (*CONVOLUTIONS, *RELUS) or node in norms)
     found: dict[str, Layer] = {}
     for node in graph.nodes:
-        if node.target not in _CONVOLUTIONS or path(node) not in quantized or calls[path(node)] != 1:
+        if node.target not in CONVOLUTIONS or path(node) not in quantized or calls[path(node)] != 1:
             continue
         chain = [node]
-        for wanted in ((_aten.batch_norm.default,), _RELUS):
+        for wanted in ((_aten.batch_norm.default,), RELUS):
             reader = _only_reader(chain[-1])
             if reader is not None and reader.target in wanted:
                 chain.append(reader)
@@ -71,7 +73,7 @@ def _reads_first(reader: fx.Node, node: fx.Node) -> bool:
         reader.op == "call_function"
         and bool(reader.args)
         and reader.args[0] is node
-        and reader.target in (*_CONVOLUTIONS, _aten.linear.default)
+        and reader.target in (*CONVOLUTIONS, _aten.linear.default)
     )
 
 
@@ -80,6 +82,6 @@ def _makes(model: nn.Module, path: str, node: fx.Node) -> bool:
     kind: type[nn.Module] = nn.modules.conv._ConvNd
     if node.target is _aten.batch_norm.default:
         kind = nn.modules.batchnorm._BatchNorm
-    elif node.target in _RELUS:
+    elif node.target in RELUS:
         kind = nn.ReLU
     return isinstance(model.get_submodule(path), kind)
