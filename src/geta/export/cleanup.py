@@ -87,7 +87,7 @@ def _fold(network: Network, norm: fx.Node) -> bool:
     """Fold one batch norm into the layer before it, if it can be."""
     if norm.target is not _aten.batch_norm.default:
         return False
-    bound = bind_arguments(norm, lambda arg: arg)
+    bound = arguments(norm)
     layer = bound["input"]
     if bound["training"] or not isinstance(layer, fx.Node) or layer.target not in _LAYERS or len(layer.users) > 1:
         return False
@@ -110,10 +110,7 @@ def _fold(network: Network, norm: fx.Node) -> bool:
         base = str(statistics[2].target).rpartition(".")[0]
         moved = network.add(f"{base}.folded_bias", shift.to(network.read(statistics[2]).dtype))
     layer.update_arg(1, new)
-    if len(layer.args) > 2:
-        layer.update_arg(2, moved)
-    else:
-        layer.kwargs = {**{name: value for name, value in layer.kwargs.items() if name != "bias"}, "bias": moved}
+    set_bias(layer, moved)
     norm.replace_all_uses_with(layer)
     network.graph.erase_node(norm)
     return True
@@ -121,7 +118,7 @@ def _fold(network: Network, norm: fx.Node) -> bool:
 
 def _place(layer: fx.Node) -> tuple[fx.Node, fx.Node | None, int] | None:
     """(weight, bias, the weight's axis of output channels), or None where they aren't tensors of the model or the layout is another."""
-    bound = bind_arguments(layer, lambda arg: arg)
+    bound = arguments(layer)
     weight, bias = bound["weight"], bound.get("bias")
     transposed = layer.target in _TRANSPOSED or bool(bound.get("transposed", False))
     if transposed and bound.get("groups", 1) != 1:
@@ -177,6 +174,14 @@ def _along(values: Tensor, rank: int, axis: int) -> Tensor:
     shape = [1] * rank
     shape[axis] = math.prod(values.shape)
     return values.reshape(shape)
+
+
+def set_bias(layer: fx.Node, bias: fx.Node) -> None:
+    """Give a layer another bias, or its first one."""
+    if len(layer.args) > 2:
+        layer.update_arg(2, bias)
+    else:
+        layer.update_kwarg("bias", bias)
 
 
 def arguments(node: fx.Node) -> dict[str, Any]:

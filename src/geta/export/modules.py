@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
 
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, fx
 
-from geta.errors import ConfigError
+from geta.errors import BadModelError, ConfigError
 from geta.export.cleanup import Network
 from geta.subnet.structure import rebuild
 
 if TYPE_CHECKING:
     from geta.subnet.model import CompactModel
 
+_Program = TypeVar("_Program")
 Dynamic = Literal["batch", "all", "none"]
 _WISHES: dict[str, tuple[str, ...]] = {"all": ("all", "batch", "none"), "batch": ("batch", "none"), "none": ("none",)}
 
@@ -84,16 +86,31 @@ def first_cause(error: BaseException) -> str:
     return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
 
 
-def wishes(dynamic: str) -> tuple[str, ...]:
-    """Which open sizes to try, one after another. Raises ConfigError for an unknown word."""
+def check_wishes(target: Path, dynamic: str) -> None:
+    """Raise ConfigError for a file that can't be written, or an unknown word for the sizes that are to stay open."""
     if dynamic not in _WISHES:
         raise ConfigError(f"dynamic is {dynamic!r}: it must be one of {', '.join(get_args(Dynamic))}")
-    return _WISHES[dynamic]
+    if not target.parent.is_dir() or target.is_dir():
+        raise ConfigError(f"'{target}' can't be written: {'it is a folder' if target.is_dir() else f'there is no folder {target.parent}'}")
 
 
-def open_sizes(leaf: Any, wish: str) -> dict[int, Any] | None:
-    """The dimensions of an input that are to stay open, for torch.export."""
-    if not isinstance(leaf, Tensor) or not leaf.dim() or wish == "none":
+def with_open_sizes(exporter: str, leaves: Sequence[Any], dynamic: str, export: Callable[[Any], _Program]) -> _Program:
+    """What `export(dynamic shapes of *leaves)` gives, with as many open sizes as were asked for and can be had.
+
+    exporter: for the message. Raises BadModelError with the last reason where not even fixed sizes can be exported.
+    """
+    reason = ""
+    for wish in _WISHES[dynamic]:
+        try:
+            return export(None if wish == "none" else (tuple(_open_sizes(leaf, wish) for leaf in leaves),))
+        except Exception as error:  # noqa: BLE001 - whatever an exporter raises; what it says goes into ours
+            reason = first_cause(error)
+    raise BadModelError(f"{exporter} this model: {reason}")
+
+
+def _open_sizes(leaf: Any, wish: str) -> dict[int, Any] | None:
+    """The dimensions of an input that are to stay open."""
+    if not isinstance(leaf, Tensor) or not leaf.dim():
         return None
     dims = range(leaf.dim()) if wish == "all" else range(1)
     return {dim: torch.export.Dim.AUTO for dim in dims if leaf.shape[dim] > 1} or None

@@ -1,6 +1,6 @@
 """A compact model as an ONNX file with integer weights, written by PyTorch's own exporter.
 
-    report = geta.export_onnx(small, "model.onnx")        or        small.export_onnx("model.onnx")
+    report = small.export_onnx("model.onnx")
 
 The graph is cleaned up (`geta.export.cleanup`), its quantizers and integer weights become QuantizeLinear and DequantizeLinear around
 ordinary operators (`geta.export.onnx_quant`), and the file needs nothing of this library: any runtime that reads opset 21 runs it.
@@ -21,7 +21,7 @@ import torch
 
 from geta.errors import BadModelError, ConfigError
 from geta.export.cleanup import Network, clean_up, copied
-from geta.export.modules import Dynamic, Exportable, example_inputs, first_cause, flat, named_outputs, open_sizes, wishes
+from geta.export.modules import Dynamic, Exportable, check_wishes, example_inputs, flat, named_outputs, with_open_sizes
 from geta.export.onnx_file import multiply_out, pack_int4, simplify, strip, write
 from geta.export.onnx_lower import Lowered, lower
 from geta.export.onnx_quant import OPSET
@@ -98,9 +98,7 @@ def _check(model: Any, target: Path, dynamic: str) -> None:
         raise ConfigError(f"writing ONNX needs {' and '.join(missing)}: pip install 'geta[onnx]'")
     if not isinstance(model, CompactModel):
         raise BadModelError(f"only compact models are exported, got {type(model).__name__}: make one with geta.compact(model, graph)")
-    wishes(dynamic)
-    if not target.parent.is_dir() or target.is_dir():
-        raise ConfigError(f"'{target}' can't be written: {'it is a folder' if target.is_dir() else f'there is no folder {target.parent}'}")
+    check_wishes(target, dynamic)
     for name, tensor in model.tensors().items():
         if tensor.is_floating_point() and tensor.dtype is not torch.float32:
             raise BadModelError(f"ONNX files are written in float32 and '{name}' is {tensor.dtype}: convert the model with .float() first")
@@ -122,28 +120,25 @@ def exported(
 
     outputs: names of the results; None = PyTorch's. Returns the sizes that stayed open too. Raises BadModelError.
     """
-    reason = ""
-    for wish in wishes(dynamic):
-        shapes = tuple(open_sizes(leaf, wish) for leaf in leaves)
-        try:
-            with _quiet():
-                program = torch.onnx.export(
-                    module,
-                    tuple(leaves),
-                    input_names=list(inputs),
-                    output_names=None if outputs is None else list(outputs),
-                    opset_version=OPSET,
-                    dynamo=True,
-                    dynamic_shapes=(shapes,) if wish != "none" else None,
-                    optimize=False,
-                    verbose=False,
-                )
-                simplify(program)
-        except Exception as error:  # noqa: BLE001 - whatever PyTorch's exporter raises; what it says goes into ours
-            reason = first_cause(error)
-            continue
-        return program, _opened(program, inputs)
-    raise BadModelError(f"PyTorch's ONNX exporter can't write this model: {reason}")
+
+    def export(shapes: Any) -> Any:
+        with _quiet():
+            program = torch.onnx.export(
+                module,
+                tuple(leaves),
+                input_names=list(inputs),
+                output_names=None if outputs is None else list(outputs),
+                opset_version=OPSET,
+                dynamo=True,
+                dynamic_shapes=shapes,
+                optimize=False,
+                verbose=False,
+            )
+            simplify(program)
+            return program
+
+    program = with_open_sizes("PyTorch's ONNX exporter can't write", leaves, dynamic, export)
+    return program, _opened(program, inputs)
 
 
 def _opened(program: Any, inputs: Sequence[str]) -> dict[str, list[int]]:

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import fx
 
-from geta.export.cleanup import Network, arguments
+from geta.export.cleanup import Network, arguments, set_bias
 from geta.export.onnx_quant import (
+    BYTE,
     HALF_A_BYTE,
     Form,
     Weight,
@@ -27,7 +28,6 @@ from geta.quant.results import CONVOLUTIONS, RELUS
 from geta.subnet.integers import drop_unused
 
 _aten = torch.ops.aten
-_WIDEST = 8
 
 
 @dataclass
@@ -109,22 +109,18 @@ class _Lowering:
             return
         self._around.update(ends)
         if bias is not None:
-            integers = self._integer_bias(bias, weight, node)
-            if len(node.args) > 2:
-                node.update_arg(2, integers)
-            else:
-                node.kwargs = {**node.kwargs, "bias": integers}
+            set_bias(node, self._integer_bias(bias, weight, node))
 
     def _judged(self, node: fx.Node, weight: Weight | None, source: fx.Node, ends: str) -> bool:
         """Whether integer kernels can run a layer; noted, with the reason if they can't."""
         path = str(node.meta.get("module_path", "")) or node.name
         reasons = []
-        if weight is None or weight.bits > _WIDEST:
+        if weight is None or weight.bits > BYTE:
             reasons.append("its weight isn't quantized" if weight is None else f"its weight has {weight.bits} bits")
         found = self._quantizers.get(source)
         if found is None or not found.as_bytes:
             reasons.append(
-                "its input isn't quantized" if found is None else f"its input isn't of up to {_WIDEST} bits with a zero and one scale"
+                "its input isn't quantized" if found is None else f"its input isn't of up to {BYTE} bits with a zero and one scale"
             )
         if ends and not reasons:
             reasons.append(ends)

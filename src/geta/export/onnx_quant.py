@@ -5,9 +5,9 @@ An activation quantizer of b bits with step size d and range q_m becomes
     DequantizeLinear(Clip(QuantizeLinear(x, d, z), z - n, z + n), d, z)        n = round(q_m / d), signed: z = 128
     DequantizeLinear(Clip(QuantizeLinear(x, d, 0), 0, n), d, 0)                unsigned
 
-on uint8. The clip acts on integers, so it doesn't stand between a convolution and the quantizer behind
-it, which runtimes take together; where it would change nothing (unsigned, n = 255) it is left out. Signed activations are uint8 with a zero
-point as well: that is what the integer kernels of x86 want, and on others it costs nothing.
+on uint8. The clip acts on integers, so it doesn't stand between a convolution and the quantizer behind it, which runtimes take together;
+where it would change nothing (unsigned, n = 255) it is left out. Signed activations are uint8 with a zero point as well, which is what the
+integer kernels of x86 want.
 
 A weight of b bits is its codes, as int8 (uint8 without a sign, int16 and int32 above 8 bits), behind a DequantizeLinear. `Form.uint8`:
 8-bit codes are stored as uint8 with zero point 128. On x86 CPUs without dot-product instructions kernels add two products of uint8 and int8
@@ -16,7 +16,7 @@ numbers in 16 bits, which may overflow with weights of 8 bits (not with 7 or few
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -31,7 +31,7 @@ from geta.subnet.integers import whole_bits
 OPSET = 21
 _MIDDLE, _TOP = 128, 255
 _SATURATING_BITS = 8
-HALF_A_BYTE, _BYTE = 4, 8
+HALF_A_BYTE, BYTE = 4, 8
 
 
 def quantize_linear(x: Tensor, scale: Tensor, zero_point: Tensor, axis: int) -> Tensor:
@@ -68,6 +68,7 @@ class Activation:
     bits: int
     axis: int
     has_zero: bool = True
+    """Whether zero is one of its values; not so with one bit that is a sign."""
 
     @property
     def signed(self) -> bool:
@@ -76,7 +77,7 @@ class Activation:
     @property
     def as_bytes(self) -> bool:
         """Whether QuantizeLinear makes its codes, as uint8 of one scale, which is what integer kernels read."""
-        return self.bits <= _BYTE and self.has_zero and not self.scale.dim()
+        return self.bits <= BYTE and self.has_zero and not self.scale.dim()
 
 
 def activation_of(network: Network, node: fx.Node) -> Activation | None:
@@ -88,19 +89,15 @@ def activation_of(network: Network, node: fx.Node) -> Activation | None:
     if node.target is torch.ops.geta.lsq_quantize.default:
         scale = network.read(bound["scale"])
         levels = (bound["quant_min"], bound["quant_max"])
-        found = _activation(effective_scale(scale, scale.dtype), None, levels, bound["bits"])
-        return replace(found, has_zero=not has_no_zero(bound["bits"], levels[0]))
+        scale = effective_scale(scale, scale.dtype)
+        return Activation(_line(scale), None, levels, bound["bits"], _axis(scale), not has_no_zero(bound["bits"], levels[0]))
     d, q_m, t = (network.read(bound[name]) for name in ("d", "q_m", "t"))
     signed, linear = bool(bound["signed"]), bool(bound["linear"])
     inside = prepared(d, d, q_m, t, linear)
     highest = int(torch.round(inside.top / inside.d).max())
     bits = whole_bits(bit_width(d, q_m, t, signed))
-    return _activation(inside.d, None if linear else inside.t, (-highest if signed else 0, highest), bits)
-
-
-def _activation(scale: Tensor, exponent: Tensor | None, levels: tuple[int, int], bits: int) -> Activation:
-    axis = _axis(scale)
-    return Activation(_line(scale), exponent, levels, bits, axis)
+    levels = (-highest if signed else 0, highest)
+    return Activation(_line(inside.d), None if linear else inside.t, levels, bits, _axis(inside.d))
 
 
 def _axis(scale: Tensor) -> int:

@@ -8,7 +8,7 @@ before it, and has to make the integers that the runtime made there, give or tak
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -75,15 +75,25 @@ def parity(model: CompactModel, inputs: Sequence[Any] | None = None, *, uint8_we
 
 def run_file(path: Path, leaves: Sequence[Any]) -> list[Tensor]:
     """An ONNX file's results in ONNX Runtime, on one CPU thread."""
+    return [torch.from_numpy(result) for result in runner(path)([leaf.cpu() if isinstance(leaf, Tensor) else leaf for leaf in leaves])]
+
+
+def runner(path: Path, threads: int = 1) -> Callable[[Sequence[Any]], list[Any]]:
+    """An ONNX file in ONNX Runtime on the CPU, as a function of flattened inputs; its results are numpy arrays."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = 1
+    options.intra_op_num_threads = threads
     options.log_severity_level = 3
     session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    tensors = [leaf.cpu().numpy() for leaf in leaves if isinstance(leaf, Tensor)]
-    feeds = dict(zip([one.name for one in session.get_inputs()], tensors, strict=True))
-    return [torch.from_numpy(result) for result in session.run(None, feeds)]
+    names = [one.name for one in session.get_inputs()]
+
+    def call(leaves: Sequence[Any]) -> list[Any]:
+        arrays = [leaf.numpy() for leaf in leaves if isinstance(leaf, Tensor)]
+        results: list[Any] = session.run(None, dict(zip(names, arrays, strict=True)))
+        return results
+
+    return call
 
 
 def _forced(network: Network, leaves: Sequence[Any], codes: Mapping[str, Tensor]) -> tuple[list[Any], dict[str, float], int]:

@@ -13,14 +13,13 @@ import torch
 from torch import Tensor, fx
 
 from geta.export.cleanup import Network, arguments
-from geta.export.onnx_quant import signed_power, weight_of
+from geta.export.onnx_quant import BYTE, HALF_A_BYTE, signed_power, weight_of
 from geta.quant.fixed_ops import effective_scale, has_no_zero
 from geta.quant.ops import prepared
 from geta.subnet.integers import drop_unused
 
 _aten = torch.ops.aten
 _ACTIVATIONS = (torch.ops.geta.fake_quantize.default, torch.ops.geta.lsq_quantize.default)
-_BYTE = 8
 
 
 def lower_plain(network: Network, *, packed: bool) -> None:
@@ -90,7 +89,7 @@ def _weight(network: Network, node: fx.Node, *, packed: bool) -> fx.Node:
         scale = network.add(f"{weight.name}.scale", weight.scale)
         if not packed:
             return network.add(f"{weight.name}.float", (weight.codes.to(weight.scale.dtype) * weight.scale).add_(0.0))
-        if weight.bits > _BYTE // 2 or weight.codes.dtype.itemsize > 1:
+        if weight.bits > HALF_A_BYTE or weight.codes.dtype.itemsize > 1:
             codes = graph.call_function(_aten.to.dtype, (network.add(f"{weight.name}.codes", weight.codes), weight.scale.dtype))
             return _times(graph, codes, scale)
         return _times(graph, _unpacked(network, weight.name, weight.codes, weight.bits, weight.scale.dtype), scale)
@@ -103,7 +102,7 @@ def _unpacked(network: Network, name: str, codes: Tensor, bits: int, dtype: torc
     graph, mask = network.graph, (1 << width) - 1
     read = network.add(f"{name}.packed", pack(codes, width, offset))
     parts = []
-    for place in range(_BYTE // width):
+    for place in range(BYTE // width):
         part = graph.call_function(_aten.bitwise_right_shift.Tensor_Scalar, (read, place * width)) if place else read
         parts.append(graph.call_function(_aten.bitwise_and.Scalar, (part, mask)))
     line = graph.call_function(_aten.reshape.default, (graph.call_function(_aten.stack.default, (parts, 1)), [-1]))
@@ -115,7 +114,7 @@ def _unpacked(network: Network, name: str, codes: Tensor, bits: int, dtype: torc
 
 def pack(codes: Tensor, width: int, offset: int) -> Tensor:
     """Codes of `width` bits after adding `offset`, the first in a byte's lowest bits; uint8 [ceil(numel * width / 8)]."""
-    each = _BYTE // width
+    each = BYTE // width
     line = torch.zeros(math.ceil(codes.numel() / each) * each, dtype=torch.uint8)
     line[: codes.numel()] = (codes.reshape(-1).to(torch.int16) + offset).to(torch.uint8)
     shifts = torch.arange(each, dtype=torch.uint8) * width

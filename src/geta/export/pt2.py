@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
-from geta.errors import BadModelError, ConfigError
+from geta.errors import ConfigError
 from geta.export.cleanup import clean_up, copied
-from geta.export.modules import Exportable, example_inputs, first_cause, named_outputs, open_sizes, wishes
+from geta.export.modules import Exportable, check_wishes, example_inputs, named_outputs, with_open_sizes
 from geta.export.plain import lower_plain
 
 if TYPE_CHECKING:
@@ -28,13 +28,19 @@ def export_pt2(model: CompactModel, path: str | Path, *, dynamic: Dynamic = "bat
     Raises ConfigError when the path can't be written, BadModelError when PyTorch can't export the model; nothing on disk has changed then.
     """
     target = Path(path)
-    if not target.parent.is_dir() or target.is_dir():
-        raise ConfigError(f"'{target}' can't be written: {'it is a folder' if target.is_dir() else f'there is no folder {target.parent}'}")
+    check_wishes(target, dynamic)
     network = copied(model.programs["eval"].graph, model.tensors())
     clean_up(network)
     lower_plain(network, packed=True)
     module = Exportable(network, named_outputs(model, network))
-    program = _exported(module, example_inputs(network.graph), dynamic)
+    leaves = tuple(example_inputs(network.graph))
+    with torch.no_grad():
+        program = with_open_sizes(
+            "torch.export can't export",
+            leaves,
+            dynamic,
+            lambda shapes: torch.export.export(module, leaves, dynamic_shapes=shapes, strict=False),
+        )
     try:
         with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as folder:
             made = Path(folder) / "model.pt2"
@@ -44,15 +50,3 @@ def export_pt2(model: CompactModel, path: str | Path, *, dynamic: Dynamic = "bat
     except OSError as error:
         raise ConfigError(f"'{target}' can't be written: {error}") from error
     return size
-
-
-def _exported(module: Exportable, leaves: list[Any], dynamic: Dynamic) -> torch.export.ExportedProgram:
-    reason = ""
-    for wish in wishes(dynamic):
-        shapes = (tuple(open_sizes(leaf, wish) for leaf in leaves),)
-        try:
-            with torch.no_grad():
-                return torch.export.export(module, tuple(leaves), dynamic_shapes=shapes if wish != "none" else None, strict=False)
-        except Exception as error:  # noqa: BLE001 - whatever torch.export raises; what it says goes into ours
-            reason = first_cause(error)
-    raise BadModelError(f"torch.export can't export this model: {reason}")

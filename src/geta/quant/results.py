@@ -43,8 +43,7 @@ def find_results(model: nn.Module, capture: Capture, layers: Sequence[Layer]) ->
     graph = capture.graph
     quantized = {layer.path for layer in layers if layer.quantize_input}
     path = capture.module_path
-    norms = {node for node in graph.nodes if node.target is _aten.batch_norm.default}
-    calls = Counter(path(node) for node in graph.nodes if node.target in (*CONVOLUTIONS, *RELUS) or node in norms)
+    calls = Counter(path(node) for node in graph.nodes if node.target in (*CONVOLUTIONS, _aten.batch_norm.default, *RELUS))
     found: dict[str, Layer] = {}
     for node in graph.nodes:
         if node.target not in CONVOLUTIONS or path(node) not in quantized or calls[path(node)] != 1:
@@ -69,12 +68,7 @@ def _only_reader(node: fx.Node) -> fx.Node | None:
 
 def _reads_first(reader: fx.Node, node: fx.Node) -> bool:
     """Whether a node is a quantized layer's data: its first argument."""
-    return (
-        reader.op == "call_function"
-        and bool(reader.args)
-        and reader.args[0] is node
-        and reader.target in (*CONVOLUTIONS, _aten.linear.default)
-    )
+    return reader.target in (*CONVOLUTIONS, _aten.linear.default) and reader.args[0] is node
 
 
 def _makes(model: nn.Module, path: str, node: fx.Node) -> bool:

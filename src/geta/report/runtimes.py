@@ -15,7 +15,8 @@ import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
 from geta.errors import ConfigError
-from geta.export.modules import example_inputs
+from geta.export.modules import example_inputs, first_cause
+from geta.export.parity import runner
 from geta.report.latency import Latency, interleaved
 from geta.subnet.model import CompactModel
 
@@ -90,7 +91,7 @@ def measure(
                     calls[name](_batch(given, batches[0]))
                 except Exception as error:  # noqa: BLE001 - whatever a runtime raises: the others are measured, and this one is named
                     calls.pop(name, None)
-                    missing[name] = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+                    missing[name] = first_cause(error)
         found = {}
         for batch in batches:
             inputs = _batch(given, batch)
@@ -181,19 +182,7 @@ def _file(network: _Network, *, integers: bool) -> Path:
 
 
 def _onnx(network: _Network, *, integers: bool) -> Callable[[Sequence[Any]], object]:
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = network.threads
-    options.log_severity_level = 3
-    session = onnxruntime.InferenceSession(str(_file(network, integers=integers)), options, providers=["CPUExecutionProvider"])
-    names = [one.name for one in session.get_inputs()]
-
-    def call(leaves: Sequence[Any]) -> object:
-        arrays = [leaf.numpy() for leaf in leaves if isinstance(leaf, Tensor)]
-        return session.run(None, dict(zip(names, arrays, strict=True)))
-
-    return call
+    return runner(_file(network, integers=integers), network.threads)
 
 
 def _openvino(network: _Network, *, integers: bool) -> Callable[[Sequence[Any]], object]:
