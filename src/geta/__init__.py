@@ -18,14 +18,18 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from geta.cost import Cost, cost
+    from geta.cost.latency import LatencyTable
+    from geta.devices import DeviceProfile, device_profile
     from geta.errors import BadModelError, CheckpointError, ConfigError, GetaError, UnsupportedOpError
     from geta.export.storage import load
+    from geta.export.torchao import to_torchao
     from geta.graph import DependencyGraph, analyze
     from geta.graph.rules import rule
     from geta.integrations.compressor import Compressor
     from geta.integrations.distill import Distillation
     from geta.optim import HESSO, HESSOCRIC, QASSO, Budget, Saliency, Schedule
-    from geta.quant import DGE, DSQ, STE, Bits, FixedBits, Fourier, quantize
+    from geta.quant import DGE, DSQ, STE, Bits, FixedBits, Fourier, end_layers, quantize
+    from geta.report.latency_table import measure_layers
     from geta.seeding import seed_everything
     from geta.subnet.compact import compact
     from geta.subnet.eager import EagerProduct, compact_eager
@@ -45,6 +49,7 @@ _HOME = {
     "DGE": "geta.quant",
     "DSQ": "geta.quant",
     "DependencyGraph": "geta.graph",
+    "DeviceProfile": "geta.devices",
     "Distillation": "geta.integrations.distill",
     "EagerProduct": "geta.subnet",
     "FixedBits": "geta.quant",
@@ -52,6 +57,7 @@ _HOME = {
     "GetaError": "geta.errors",
     "HESSO": "geta.optim",
     "HESSOCRIC": "geta.optim",
+    "LatencyTable": "geta.cost.latency",
     "QASSO": "geta.optim",
     "STE": "geta.quant",
     "Saliency": "geta.optim",
@@ -61,10 +67,14 @@ _HOME = {
     "compact": "geta.subnet",
     "compact_eager": "geta.subnet",
     "cost": "geta.cost",
+    "device_profile": "geta.devices",
+    "end_layers": "geta.quant",
     "load": "geta.export.storage",
+    "measure_layers": "geta.report.latency_table",
     "quantize": "geta.quant",
     "rule": "geta.graph.rules",
     "seed_everything": "geta.seeding",
+    "to_torchao": "geta.export.torchao",
 }
 
 __all__ = [
@@ -83,11 +93,13 @@ __all__ = [
     "ConfigError",
     "Cost",
     "DependencyGraph",
+    "DeviceProfile",
     "Distillation",
     "EagerProduct",
     "FixedBits",
     "Fourier",
     "GetaError",
+    "LatencyTable",
     "Saliency",
     "Schedule",
     "UnsupportedOpError",
@@ -96,10 +108,14 @@ __all__ = [
     "compact",
     "compact_eager",
     "cost",
+    "device_profile",
+    "end_layers",
     "load",
+    "measure_layers",
     "quantize",
     "rule",
     "seed_everything",
+    "to_torchao",
 ]
 
 

@@ -1,17 +1,22 @@
-"""A compact model as PyTorch's own `.pt2` file: `torch.export.load("model.pt2").module()` runs it, without this library."""
+"""A compact model as PyTorch's own `.pt2` file: `torch.export.load("model.pt2").module()` runs it, without this library.
+
+`compiled=True` writes AOTInductor's machine code for this kind of processor instead, which `torch._inductor.aoti_load_package("model.pt2")`
+runs.
+"""
 
 from __future__ import annotations
 
 import os
 import tempfile
+import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from geta.errors import ConfigError
+from geta.errors import BadModelError, ConfigError
 from geta.export.cleanup import clean_up, copied
-from geta.export.modules import Exportable, check_wishes, example_inputs, named_outputs, with_open_sizes
+from geta.export.modules import Exportable, check_wishes, example_inputs, first_cause, named_outputs, with_open_sizes
 from geta.export.plain import lower_plain
 
 if TYPE_CHECKING:
@@ -19,16 +24,21 @@ if TYPE_CHECKING:
     from geta.subnet.model import CompactModel
 
 
-def export_pt2(model: CompactModel, path: str | Path, *, dynamic: Dynamic = "batch") -> int:
+def export_pt2(model: CompactModel, path: str | Path, *, dynamic: Dynamic = "batch", compiled: bool = False) -> int:
     """Write the evaluation half of a compact model as one `.pt2` file, atomically; returns its size in bytes.
 
     Weights are stored as integers, those of up to 4 bits packed, and dequantized where they are used; quantizers of activations are
     ordinary operators. The loaded module takes the inputs in their flattened order and returns a tuple of tensors.
-    dynamic: sizes that stay open: the first dimension of every input, all of them (as far as the model allows), or none.
-    Raises ConfigError when the path can't be written, BadModelError when PyTorch can't export the model; nothing on disk has changed then.
+    dynamic:  sizes that stay open: the first dimension of every input, all of them (as far as the model allows), or none.
+    compiled: compile the model with AOTInductor for this machine's CPU; needs a C++ compiler and takes about a minute. Only processors
+              of this kind and this version of PyTorch run the file.
+    Raises ConfigError when the path can't be written or there is no C++ compiler, BadModelError when PyTorch can't export or compile the
+    model; nothing on disk has changed then.
     """
     target = Path(path)
     check_wishes(target, dynamic)
+    if compiled:
+        _check_compiler()
     network = copied(model.programs["eval"].graph, model.tensors())
     clean_up(network)
     lower_plain(network, packed=True)
@@ -44,9 +54,37 @@ def export_pt2(model: CompactModel, path: str | Path, *, dynamic: Dynamic = "bat
     try:
         with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as folder:
             made = Path(folder) / "model.pt2"
-            torch.export.save(program, made)
+            if compiled:
+                _compile(program, made)
+            else:
+                torch.export.save(program, made)
             size = made.stat().st_size
             os.replace(made, target)
     except OSError as error:
         raise ConfigError(f"'{target}' can't be written: {error}") from error
     return size
+
+
+def _check_compiler() -> None:
+    from torch._inductor.cpp_builder import get_cpp_compiler
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    try:
+        get_cpp_compiler()
+    except InvalidCxxCompiler as error:
+        raise ConfigError(
+            "compiled=True needs a C++ compiler, and there is none: install one (g++, say) or name it in the environment variable CXX; "
+            "compiled=False needs none"
+        ) from error
+
+
+def _compile(program: Any, path: Path) -> None:
+    try:
+        with warnings.catch_warnings():
+            for kind in (FutureWarning, DeprecationWarning):
+                warnings.simplefilter("ignore", kind)  # PyTorch's own, about PyTorch's own code
+            torch._inductor.aoti_compile_and_package(program, package_path=str(path))
+    except OSError:
+        raise
+    except Exception as error:
+        raise BadModelError(f"AOTInductor can't compile this model: {first_cause(error)}") from error

@@ -178,7 +178,7 @@ class _Maker:
         small = self._sliced()
         if isinstance(small, str):
             return None, ""
-        shapes = {name: tuple(tensor.shape) for name, tensor in small.state_dict().items()}
+        shapes = _shapes_without_quantizers(small)
         reason = ""
         try:
             for fit in fitting_configs(small, shapes, self.sizes_near("")):
@@ -258,6 +258,14 @@ class _Maker:
             return [], ""
         gap = max_difference(first, found)[1]
         return [], "" if gap <= TRAINING_TOLERANCE else f"in training mode the output differs by {gap:.2g} of the largest value"
+
+
+def _shapes_without_quantizers(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the state dict as they would be without quantizers, which no configuration describes."""
+    modules = model.named_modules(remove_duplicate=False)  # tied weights share a quantizer
+    quantizers = tuple(f"{path}." for path, module in modules if isinstance(module, Quantizer | FixedQuantizer))
+    stored = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(quantizers)}
+    return {canonical_name(name): tuple(tensor.shape) for name, tensor in stored.items()}
 
 
 def _fitted(bench: Bench) -> tuple[list[Change], float, str]:

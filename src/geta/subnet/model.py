@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,7 +22,9 @@ from geta.subnet.structure import rebuild
 
 if TYPE_CHECKING:
     from geta.cost import Cost
+    from geta.export.compressed_tensors import CompressedTensorsReport
     from geta.export.onnx import OnnxReport
+    from geta.export.torchao import TorchaoProduct
 
 
 @dataclass(frozen=True)
@@ -210,6 +212,18 @@ class CompactModel(nn.Module):
         from geta.export.pt2 import export_pt2
 
         return export_pt2(self, path, **options)
+
+    def save_compressed_tensors(self, folder: str | Path, *, widths: Sequence[int] = (4, 8)) -> CompressedTensorsReport:
+        """Write linear layers packed as inference servers read them: see `geta.export.compressed_tensors.save_compressed_tensors`."""
+        from geta.export.compressed_tensors import save_compressed_tensors
+
+        return save_compressed_tensors(self, folder, widths=widths)
+
+    def to_torchao(self, **options: bool) -> TorchaoProduct:
+        """The network with linear layers over torchao's tensors: see `geta.export.torchao.to_torchao`."""
+        from geta.export.torchao import to_torchao
+
+        return to_torchao(self, **options)
 
     def _flatten(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
         leaves, spec = pytree.tree_flatten((args, kwargs))
