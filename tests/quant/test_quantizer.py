@@ -82,7 +82,7 @@ def test_projection_works_on_each_channel_by_itself() -> None:
     torch.testing.assert_close(module.bit_width().flatten(), torch.tensor([4.0, 4.5, 6.0, 7.9, 8.0]))
     widths = module.round_bits_()
     assert widths.dtype == torch.int64
-    assert widths.flatten().tolist() == [4, 4, 6, 8, 8]
+    assert widths.flatten().tolist() == [4, 5, 6, 8, 8]  # the wider one of two that are equally near
     torch.testing.assert_close(module.bit_width(), widths.float())
 
 

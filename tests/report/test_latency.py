@@ -13,7 +13,7 @@ from geta.report.latency import Latency, inference_latency, interleaved
 
 def test_calls_take_turns_and_warmup_is_not_counted(monkeypatch):
     order: list[str] = []
-    readings = iter([9.0, 9.0, 0.0, 0.001, 0.0, 0.004, 0.0, 0.003, 0.0, 0.004, 0.0, 0.002, 0.0, 0.010])
+    readings = iter([0.0, 0.001, 0.0, 0.004, 0.0, 0.003, 0.0, 0.004, 0.0, 0.002, 0.0, 0.010])
     monkeypatch.setattr(latency, "time", SimpleNamespace(perf_counter=lambda: next(readings)))
     found = interleaved({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, rounds=3, warmup=1)
     assert order == ["a", "b"] * 4
@@ -37,3 +37,16 @@ def test_each_model_is_called_with_the_input_and_without_gradients():
     assert list(found) == ["one", "two"]
     assert 0 <= found["one"].minimum <= found["one"].median <= found["one"].maximum
     assert list(found["two"].to_json()) == ["minimum", "median", "p95", "maximum"]
+
+
+def test_in_bursts_the_fastest_call_counts_and_the_time_limit_leaves_three_rounds(monkeypatch):
+    steps = iter([5.0] + [4.0, 1.0, 3.0] * 3)  # a burst of 6 seconds takes three calls; the warm-up call takes 5
+    now = [0.0]
+
+    def call() -> None:
+        now[0] += next(steps)
+
+    monkeypatch.setattr(latency, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    found = interleaved({"a": call}, rounds=50, warmup=1, seconds=1.0, burst=6.0)
+    assert found["a"] == latency.Latency(1e3, 1e3, 1e3, 1e3)
+    assert now[0] == 5.0 + 3 * 8.0

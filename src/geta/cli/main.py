@@ -15,6 +15,7 @@ from geta.cli.bench import bench_command
 from geta.cli.demo import demo_command
 from geta.cli.export import export_command
 from geta.cli.inspect import inspect_command
+from geta.cli.latency import latency_command
 from geta.cli.options import Session
 from geta.errors import ConfigError, GetaError
 
@@ -30,6 +31,7 @@ app.command("analyze")(analyze_command)
 app.command("inspect")(inspect_command)
 app.command("export")(export_command)
 app.command("bench")(bench_command)
+app.command("latency")(latency_command)
 
 
 def _print_version(value: bool) -> None:

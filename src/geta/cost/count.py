@@ -87,6 +87,13 @@ def graph_products(graph: fx.Graph, given: Mapping[fx.Node, Any], widths: BitWid
     return list(_ShapeRun(graph, given, _numbers(graph, widths), path).products())
 
 
+def graph_results(graph: fx.Graph, given: Mapping[fx.Node, Any], widths: BitWidths, path: Path) -> dict[fx.Node, Any]:
+    """What every node of a graph gives, as tensors that have shapes and no numbers; `given` as in `graph_products`."""
+    run = _ShapeRun(graph, given, _numbers(graph, widths), path)
+    list(run.products())
+    return run.environment
+
+
 def captured_tensors(model: nn.Module, captured: Capture) -> tuple[dict[str, Tensor], dict[str, str]]:
     """(name -> tensor, placeholder -> name); a tensor that the model knows by several names is counted once, by its first."""
     stored = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
@@ -156,7 +163,7 @@ class _ShapeRun:
         self._given = given
         self._numbers = numbers
         self._path = path
-        self._environment: dict[fx.Node, Any] = {}
+        self.environment: dict[fx.Node, Any] = {}
 
     def products(self) -> Iterator[tuple[fx.Node, Product]]:
         """Yield (node, product) in graph order."""
@@ -164,18 +171,18 @@ class _ShapeRun:
         found: list[tuple[fx.Node, Product]] = []
         with _fake_tensors() as (fake, counter):
             for node, value in self._given.items():
-                self._environment[node] = _as_fake(fake, value)
+                self.environment[node] = _as_fake(fake, value)
             for node in self._graph.nodes:
                 if node.op == "call_function":
                     found += [(node, product) for product in self._call(node, counter)]
         yield from found
 
     def _call(self, node: fx.Node, counter: FlopCounterMode) -> list[Product]:
-        args = fx.map_arg(node.args, self._environment.__getitem__)
-        kwargs = fx.map_arg(node.kwargs, self._environment.__getitem__)
+        args = fx.map_arg(node.args, self.environment.__getitem__)
+        kwargs = fx.map_arg(node.kwargs, self.environment.__getitem__)
         before = counter.get_total_flops()
         result = self._result(node, args, kwargs)
-        self._environment[node] = result
+        self.environment[node] = result
         call = bind(node, args, kwargs, result)
         counted = None if call is None else products(call)
         if counted is not None:

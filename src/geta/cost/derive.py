@@ -11,8 +11,10 @@ from torch import Tensor, fx, nn
 
 from geta.cost.bits import BitWidths
 from geta.cost.count import captured_tensors, flat_inputs, graph_products
+from geta.cost.latency import LatencyModel, LatencyTable, LatencyTerm
+from geta.cost.layers import Layers, resized
 from geta.cost.macs import Product
-from geta.cost.model import CostModel, ProductTerm, TensorTerm, Width
+from geta.cost.model import LATENCY, CostModel, ProductTerm, TensorTerm, Width
 from geta.cost.record import UNQUANTIZED
 from geta.cost.shrink import Shrinkage, Slopes
 from geta.errors import BadModelError
@@ -28,13 +30,20 @@ _STEPS = {_FAKE_QUANTIZE: "d", "geta.lsq_quantize.default": "scale"}
 """The argument of each fake quantizer that its integers are multiplied with."""
 
 
-def cost_model(graph: DependencyGraph) -> CostModel:
+def cost_model(graph: DependencyGraph, latency: LatencyTable | None = None) -> CostModel:
     """The costs that `geta.compact(graph.model, graph, ...)` will have, as a function of removed groups and bits.
 
     The model is captured again if quantizers were attached since `analyze`. Costs are for the example inputs of the graph.
-    Raises BadModelError when the model, as it is now, no longer fits the graph.
+    latency: measured times, for a prediction of the latency as well (at the table's batch size).
+    Raises BadModelError when the model, as it is now, no longer fits the graph, ConfigError when a layer isn't in the table.
     """
-    return _Derivation(graph).run()
+    return _Derivation(graph, latency).run()
+
+
+def network_layers(graph: DependencyGraph, batch: int | None = None) -> Layers:
+    """The layers of the graph's model as it is now, at a batch size (None: that of the example inputs), and what else it computes."""
+    one = _Graph(graph, analysed(graph.model, graph, train=False))
+    return one.layers(graph, BitWidths(one.tensors, one.names), batch)
 
 
 class _Graph:
@@ -55,13 +64,24 @@ class _Graph:
         inputs = [source for node in self.live if node not in codes for source in node.all_input_nodes]
         self.read = sorted({self.names[source] for source in inputs if source in self.names})
 
+    def given(self, graph: DependencyGraph, batch: int | None = None) -> dict[fx.Node, Any]:
+        """The value of every placeholder; with a batch size, inputs have shapes alone."""
+        inputs = [resized(leaf, batch) for leaf in flat_inputs(self.capture, graph.example.args, graph.example.kwargs)]
+        return {**{node: self.tensors[name] for node, name in self.names.items()}, **dict(zip(self.free, inputs, strict=True))}
+
+    def layers(self, graph: DependencyGraph, widths: BitWidths, batch: int | None) -> Layers:
+        """Its layers at a batch size."""
+        given = self.given(graph, batch)
+        return Layers(self.capture.graph, self.live, given, shrinkage=self.shrinkage, widths=widths, path=self.capture.module_path)
+
     def where(self, node: fx.Node) -> str:
         return (self.capture.module_path(node) if node.op == "call_function" else self.names.get(node, "")) or "the model itself"
 
 
 class _Derivation:
-    def __init__(self, graph: DependencyGraph) -> None:
+    def __init__(self, graph: DependencyGraph, table: LatencyTable | None) -> None:
         self._graph = graph
+        self._table = table
         self._eval = _Graph(graph, analysed(graph.model, graph, train=False))
         self._widths = BitWidths(self._eval.tensors, self._eval.names)
         steps = {canonical_name(f"{path}.d"): m.name for path, m in graph.model.named_modules() if isinstance(m, Quantizer)}
@@ -71,19 +91,22 @@ class _Derivation:
         self._notes: dict[str, None] = {}
 
     def run(self) -> CostModel:
-        one, example = self._eval, self._graph.example
-        inputs: list[Any] = flat_inputs(one.capture, example.args, example.kwargs)
-        given = {**{node: one.tensors[name] for node, name in one.names.items()}, **dict(zip(one.free, inputs, strict=True))}
+        one = self._eval
+        given = one.given(self._graph)
         found = graph_products(one.capture.graph, given, self._widths, one.capture.module_path)
         counted = [(node, product) for node, product in found if product.macs and node in one.live]
         products = tuple(self._product(node, product) for node, product in counted)
         tensors = (*self._stored(), *self._only_trained())
+        latency = None if self._table is None else self._latency(self._table)
         families = self._graph.prunable_families
         slope = np.zeros((len(self._sizes), len(families)), dtype=np.int64)
         for row, (_, slopes) in enumerate(self._sizes):
             for family, entries in slopes:
                 slope[row, family] = entries
         base = np.array([size for size, _ in self._sizes], dtype=np.int64)
+        dense = self._dense(sum(product.macs for _, product in counted), base, tensors)
+        if latency is not None:
+            dense[LATENCY] = float(latency.milliseconds(base.astype(np.float64)[:, None])[0])
         return CostModel(
             families=tuple(family.name for family in families),
             family_sizes=tuple(family.size for family in families),
@@ -92,9 +115,26 @@ class _Derivation:
             slope=slope,
             products=products,
             tensors=tensors,
-            dense=self._dense(sum(product.macs for _, product in counted), base, tensors),
+            dense=dense,
             notes=tuple(self._notes),
+            latency=latency,
         )
+
+    def _latency(self, table: LatencyTable) -> LatencyModel:
+        """The latency in terms of the distinct sizes."""
+        found = self._eval.layers(self._graph, self._widths, table.batch)
+        terms: dict[tuple[str, tuple[int, ...]], LatencyTerm] = {}
+        for layer in found.layers:
+            grid = table.grid(layer.path, layer.shape)
+            sizes = tuple(self._sizes.setdefault(one, len(self._sizes)) for one in layer.variables)
+            before = terms.get((grid.key, sizes))
+            terms[grid.key, sizes] = LatencyTerm(grid, sizes, 1 if before is None else before.count + 1)
+        elements: dict[tuple[int, ...], int] = {}
+        for one in found.others(constants=table.runtime == "eager"):
+            sizes = tuple(sorted(self._sizes.setdefault(size, len(self._sizes)) for size in one.sizes))
+            elements[sizes] = elements.get(sizes, 0) + one.factor
+        self._notes.update(found.notes)
+        return LatencyModel(table, tuple(terms.values()), tuple((factor, sizes) for sizes, factor in elements.items()))
 
     def _size(self, graph: _Graph, node: fx.Node, dim: int, size: int) -> int:
         """The number of one size among the distinct sizes."""

@@ -7,8 +7,9 @@ With `r_f` groups removed from family f and `b_q` bits of quantizer q, every siz
     BOPs     = sum over products i of  MACs_i * b_left * b_right       (32 where unquantized; the widest of what is joined)
     params   = sum over parameters of  prod_j size_j
     bytes    = sum over tensors of     ceil(numel * b / 8), or numel * itemsize where unquantized
+    latency  = predicted from a table of measured layers, when there is one (`geta.cost.latency`)
 
-These are the sums that `geta.cost` takes over the compact model's graph, so `evaluate` gives exactly its numbers. Where a
+All but the last are the sums that `geta.cost` takes over the compact model's graph, so `evaluate` gives exactly its numbers. Where a
 product can't be followed (`notes` says which), its largest value stands for it: the real cost is never above `evaluate`.
 
 Legend: `F` families, `Q` quantizers, `U` distinct sizes, `P` products, `T` tensors, `C` candidates, `K` kinds of cost.
@@ -22,8 +23,12 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from geta.cost.latency import LatencyModel
+
 KINDS = ("macs", "bops", "params", "bytes")
-"""The order of the kinds of cost in every vector [K]."""
+"""What is counted; the order of the kinds of cost in every vector [K]."""
+LATENCY = "latency_ms"
+"""A last kind, in models that have a latency."""
 
 
 @dataclass(frozen=True)
@@ -62,8 +67,10 @@ class CostModel:
     """Costs as a function of removed groups and bits; made by `geta.cost.derive.cost_model`.
 
     families, family_sizes: [F]. quantizers: names [Q]. base: n_u [U]. slope: m_uf [U, F], both int64.
-    dense: cost of the uncut float network [K]: 32 bits on both sides of every product, every tensor in its own dtype.
+    dense: cost of the uncut float network [K]: 32 bits on both sides of every product, every tensor in its own dtype. (Its latency is
+        that of the uncut network in the table's precision.)
     notes: in words, what is bounded from above instead of being exact.
+    latency: what predicts the latency, if anything does.
     """
 
     families: tuple[str, ...]
@@ -75,9 +82,15 @@ class CostModel:
     tensors: tuple[TensorTerm, ...]
     dense: dict[str, float]
     notes: tuple[str, ...]
+    latency: LatencyModel | None = None
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """The kinds of cost that this model knows, in the order of every vector [K]."""
+        return KINDS if self.latency is None else (*KINDS, LATENCY)
 
     def evaluate(self, removed: Sequence[int] | np.ndarray, bits: Sequence[float] | np.ndarray) -> dict[str, float]:
-        """The four costs, exactly as `geta.cost` counts them: removed [F] groups, bits [Q]. Keys: macs, bops, params, bytes."""
+        """The costs: removed [F] groups, bits [Q]. Keys: macs, bops, params, bytes, exactly as `geta.cost` counts them; latency_ms."""
         sizes = [int(size) for size in self.base - self.slope @ np.asarray(removed, dtype=np.int64).reshape(-1)]
         macs = [term.factor * math.prod(sizes[u] for u in term.sizes) for term in self.products]
         bops = math.fsum(count * term.left.bits(bits) * term.right.bits(bits) for count, term in zip(macs, self.products, strict=True))
@@ -86,7 +99,10 @@ class CostModel:
             numel = math.prod(sizes[u] for u in term.sizes)
             params += numel if term.parameter else 0
             stored += math.ceil(numel * term.width.bits(bits) / 8)
-        return {"macs": sum(macs), "bops": bops, "params": params, "bytes": stored}
+        counted = {"macs": sum(macs), "bops": bops, "params": params, "bytes": stored}
+        if self.latency is None:
+            return counted
+        return {**counted, LATENCY: float(self.latency.milliseconds(np.array(sizes, dtype=np.float64)[:, None])[0])}
 
 
 class CostMoves:
@@ -99,6 +115,8 @@ class CostMoves:
         self.model = model
         self._families = [_Touched.of(model, model.slope[:, f] != 0) for f in range(len(model.families))]
         self._everything = _Touched.of(model, np.ones(len(model.base), dtype=bool))
+        latency = model.latency
+        self._latency = [] if latency is None else [latency.touched(model.slope[:, f] != 0) for f in range(len(model.families))]
         self._of_quantizer = [_Users.of(model, q) for q in range(len(model.quantizers))]
         self._parameter_T = np.array([term.parameter for term in model.tensors], dtype=np.float64)
         self.move_to(np.zeros(len(model.families), dtype=np.int64), bits)
@@ -111,7 +129,9 @@ class CostMoves:
         self._macs_P, self._numel_T = macs[:, 0], numel[:, 0]
         self._operands = np.array([[t.left.bits(self.bits), t.right.bits(self.bits)] for t in self.model.products]).reshape(-1, 2)
         self._width_T = np.array([term.width.bits(self.bits) for term in self.model.tensors])
-        self.cost = self._totals(slice(None), slice(None), self._macs_P[:, None], self._numel_T[:, None])[:, 0]
+        totals = self._totals(slice(None), slice(None), self._macs_P[:, None], self._numel_T[:, None])[:, 0]
+        latency = self.model.latency
+        self.cost = totals if latency is None else np.append(totals, latency.milliseconds(self._sizes[:, None]))
 
     def set_removed(self, family: int, count: int) -> None:
         """Change the number of groups removed from one family."""
@@ -144,7 +164,11 @@ class CostMoves:
         products, tensors = touched.products, touched.tensors
         now = self._totals(products, tensors, self._macs_P[products][:, None], self._numel_T[tensors][:, None])
         change: np.ndarray = self._totals(products, tensors, macs, numel) - now
-        return change
+        if not self._latency:
+            return change
+        part = self._latency[family]
+        sizes = self._sizes[:, None] - self.model.slope[:, family][:, None] * (counts - self.removed[family])
+        return np.vstack([change, part.milliseconds(sizes) - part.milliseconds(self._sizes[:, None])])
 
     def bits_deltas(self, quantizer: int, bits: np.ndarray) -> np.ndarray:
         """Change of the costs [K, C] if one quantizer had `bits` [C] instead of its present bits."""
@@ -155,7 +179,7 @@ class CostMoves:
             np.where(reads[:, None], np.maximum(floor[:, None], bits), self._operands[products, side][:, None])
             for side, (reads, floor) in enumerate(((users.left, rest[0]), (users.right, rest[1])))
         ]
-        deltas = np.zeros((len(KINDS), len(bits)))
+        deltas = np.zeros((len(self.model.kinds), len(bits)))
         deltas[1] = self._macs_P[products] @ (sides[0] * sides[1] - self._operands[products].prod(axis=1)[:, None])
         numel = self._numel_T[tensors][:, None]
         stored = np.ceil(numel * np.maximum(rest[2][:, None], bits) / 8) - np.ceil(numel * self._width_T[tensors][:, None] / 8)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from geta.devices import resolve_multiple
 from geta.errors import BadModelError, ConfigError
 from geta.graph.branches import QuantizerBranch, find_branches
 from geta.graph.capture import Capture, capture, check_inputs
@@ -111,20 +112,19 @@ class DependencyGraph:
         """
         return explain(self, name, dim, index)
 
-    def random_selection(self, sparsity: float = 0.5, seed: int = 0, multiple_of: int = 1) -> dict[str, torch.Tensor]:
+    def random_selection(self, sparsity: float = 0.5, seed: int = 0, multiple_of: int | str = 1) -> dict[str, torch.Tensor]:
         """Remove a random share of every prunable family: {family name: BoolTensor[n], True = remove}.
 
-        The number kept is a multiple of `multiple_of` (or the whole family) and never zero.
+        The number kept is a multiple of `multiple_of` (or the whole family) and never zero; it may name a `geta.device_profile`.
         """
         if not 0 <= sparsity < 1:
             raise ConfigError(f"sparsity is {sparsity}; it must be at least 0 and below 1")
-        if multiple_of < 1:
-            raise ConfigError(f"multiple_of is {multiple_of}; it must be at least 1")
+        multiple = resolve_multiple(multiple_of)
         generator = torch.Generator(device="cpu").manual_seed(seed)
         selection = {}
         for family in self.prunable_families:
             kept = max(1, family.size - int(sparsity * family.size))
-            kept = min(-(-kept // multiple_of) * multiple_of, family.size)
+            kept = min(-(-kept // multiple) * multiple, family.size)
             order = torch.randperm(family.size, generator=generator, device="cpu")
             remove = torch.zeros(family.size, dtype=torch.bool, device="cpu")
             remove[order[kept:]] = True

@@ -8,13 +8,12 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from geta.devices import resolve_multiple
 from geta.errors import ConfigError
 from geta.graph import DependencyGraph, analyze
 from geta.optim import QASSO, Budget, Schedule
-from geta.quant import STE, Bits, Surrogate, quantize
+from geta.quant import STE, BitsLike, Surrogate, end_layers, quantize
 from geta.subnet import CompactModel, compact
-
-BitsLike = Bits | Sequence[int] | int
 
 
 class Compressor:
@@ -29,9 +28,10 @@ class Compressor:
     args, kwargs:    example inputs, as the model is called: `model(*args, **kwargs)`.
     sparsity:        share of the prunable groups to remove, in [0, 1).
     target:          a `geta.Budget` of costs instead of a sparsity; `optimizer` refuses one that can't be met.
-    weight_bits:     range of bit widths of the weights, None = not quantized.
+    weight_bits:     bit widths of the weights: (4, 8) is a range, {4, 8} allows these two alone, 8 is exactly that; None = not quantized.
     activation_bits: the same for activations; needs `calibration`, an iterable of real batches.
-    multiple_of:     every family keeps a multiple of this many groups.
+    end_bits:        other bit widths for the first and last layers (`geta.end_layers`), often 8; None = as the rest.
+    multiple_of:     every family keeps a multiple of this many groups; or the name of a `geta.device_profile`.
     surrogate, granularity, exclude: as in `geta.quantize`. exact, dynamic_shapes, protect, prune: as in `geta.analyze`.
 
     Raises whatever `geta.analyze` and `geta.quantize` raise; ConfigError when the settings leave nothing to do.
@@ -48,8 +48,9 @@ class Compressor:
         target: Budget | None = None,
         weight_bits: BitsLike | None = (4, 8),
         activation_bits: BitsLike | None = None,
+        end_bits: BitsLike | None = None,
         calibration: Iterable[Any] | None = None,
-        multiple_of: int = 1,
+        multiple_of: int | str = 1,
         surrogate: Surrogate | None = None,
         granularity: Literal["tensor", "channel"] = "tensor",
         exclude: Sequence[str] | None = None,
@@ -62,33 +63,33 @@ class Compressor:
             raise ConfigError("give exactly one of sparsity=... (a share of the groups) and target=geta.Budget(...) (costs)")
         if sparsity is not None and not 0.0 <= sparsity < 1.0:
             raise ConfigError(f"sparsity = {sparsity}: it is the share of the groups to remove, from 0 to below 1")
-        if multiple_of < 1:
-            raise ConfigError(f"multiple_of = {multiple_of}: a family keeps a multiple of at least 1 group")
+        multiple = resolve_multiple(multiple_of)
         quantized = weight_bits is not None or activation_bits is not None
         if not quantized and sparsity == 0.0:
             raise ConfigError("sparsity = 0 and no bit widths: nothing would become smaller; set sparsity, weight_bits or activation_bits")
-        if not quantized and (surrogate is not None or exclude is not None or calibration is not None or granularity != "tensor"):
+        chosen = {"surrogate": surrogate, "exclude": exclude, "calibration": calibration, "end_bits": end_bits}
+        if not quantized and (granularity != "tensor" or any(value is not None for value in chosen.values())):
             raise ConfigError(
-                "surrogate, granularity, exclude and calibration have no effect without quantization: set weight_bits or activation_bits"
+                "surrogate, granularity, exclude, calibration and end_bits have no effect without quantization: set weight_bits or "
+                "activation_bits"
             )
         self.model = model
         self.graph: DependencyGraph = analyze(model, args, kwargs, exact=exact, dynamic_shapes=dynamic_shapes, protect=protect, prune=prune)
         self._sparsity = sparsity
         self._target = target
-        self._multiple_of = multiple_of
-        self._weight_bits = None if weight_bits is None else Bits.of(weight_bits)
-        self._activation_bits = None if activation_bits is None else Bits.of(activation_bits)
+        self._multiple_of = multiple
         self._optimizer: QASSO | None = None
         if quantized:
-            chosen = {} if exclude is None else {"exclude": exclude}
+            excluded: Any = {} if exclude is None else {"exclude": exclude}
             quantize(
                 model,
-                weights=self._weight_bits,
-                activations=self._activation_bits,
+                weights=weight_bits,
+                activations=activation_bits,
+                bits_of=None if end_bits is None else dict.fromkeys(end_layers(self.graph, **excluded), end_bits),
                 surrogate=surrogate or STE(),
                 granularity=granularity,
                 calibration=calibration,
-                **chosen,  # type: ignore[arg-type]
+                **excluded,
             )
 
     def optimizer(
@@ -118,8 +119,6 @@ class Compressor:
             self.graph,
             sparsity=self._sparsity,
             target=self._target,
-            weight_bits=self._weight_bits,
-            activation_bits=self._activation_bits,
             schedule=plan,
             multiple_of=self._multiple_of,
             **(compression or {}),

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from geta.graph.names import find_tensor
 from geta.optim.shards import largest_magnitude
 from geta.optim.stacked import Stacked
+from geta.quant.bits import Bits, allowed_widths, nearest
 from geta.quant.ops import Q_M_DOMAIN, T_DOMAIN, bit_width, step_size
 from geta.quant.quantizer import Quantizer
 
@@ -54,11 +55,18 @@ class QuantizerBank:
         self.signed_E = self.signed_L[self.layer_E]
         self.lower_L = self._host_vector([quantizer.bits.lower for quantizer in self.quantizers])
         self.upper_L = self._host_vector([quantizer.bits.upper for quantizer in self.quantizers])
+        self._allow([quantizer.bits for quantizer in self.quantizers])
 
     def fix(self, bits: Sequence[int]) -> None:
         """Let each quantizer's bounds be a single bit width, until `read_settings` restores its range."""
         self.lower_L = self._host_vector(list(bits))
         self.upper_L = self.lower_L.clone()
+        self._allow([Bits(width, width) for width in bits])
+
+    def _allow(self, bits: Sequence[Bits]) -> None:
+        self._allowed = allowed_widths(bits, self.device)
+        gaps = [one.only is not None for one in bits]
+        self._gaps_E = self._host_vector(gaps, torch.bool)[self.layer_E] if any(gaps) else None
 
     def __len__(self) -> int:
         return len(self.quantizers)
@@ -112,14 +120,17 @@ class QuantizerBank:
         self._levels = [*self._levels[-3:], (bits_L, levels)]
         return levels
 
-    def project_(self, upper_L: Tensor, now: Steps) -> None:
-        """PPSG's partial projection: only d, onto `[d(upper), d(b_l)]`; q_m and t stay (GETA, section 5)."""
-        self.write_d_(self.projected(upper_L, now))
-
     def projected(self, upper_L: Tensor, now: Steps) -> Tensor:
-        """d on `[d(upper), d(b_l)]` [E]."""
+        """d after PPSG's partial projection onto `[d(upper), d(b_l)]` [E]; q_m and t stay (GETA, section 5)."""
         low, high = self.step_size_of(upper_L, now), self.step_size_of(self.lower_L, now)
         return torch.minimum(torch.maximum(now.d, low), high)
+
+    def settled(self, now: Steps, left: int) -> Tensor:
+        """d of quantizers with gaps between their bit widths on its way to the nearest of them, where it is in `left` steps [E]."""
+        if self._gaps_E is None:
+            return now.d
+        there = self.step_size_of(self.rounded_bits(now), now)
+        return torch.where(self._gaps_E, now.d * (there / now.d).pow(1.0 / left), now.d)
 
     def kept(self, before: Steps, now: Steps) -> Tensor:
         """d that gives the present ranges the bit widths of `before` [E]."""
@@ -131,16 +142,16 @@ class QuantizerBank:
         """Store step sizes."""
         self._stacks[0].write_(flat_E)
 
-    def bit_widths(self) -> Tensor:
-        """Bits of each quantizer now [L]; the mean over the channels of a per-channel one."""
-        now = self.read()
+    def bit_widths(self, now: Steps | None = None) -> Tensor:
+        """Bits of each quantizer [L], of those stored unless `now` is given; the mean over the channels of a per-channel one."""
+        now = now or self.read()
         bits_E = bit_width(now.d, now.q_m, now.t, self.signed_E)
         sums = bits_E.new_zeros(len(self)).index_add_(0, self.layer_E, bits_E)
         return sums / bits_E.new_zeros(len(self)).index_add_(0, self.layer_E, torch.ones_like(bits_E))
 
-    def rounded_bits(self) -> Tensor:
-        """The integer in [b_l, b_u] nearest to each quantizer's bit width [L]."""
-        return torch.minimum(torch.maximum(self.bit_widths().round(), self.lower_L), self.upper_L)
+    def rounded_bits(self, now: Steps | None = None) -> Tensor:
+        """The allowed width nearest to each quantizer's bit width [L]."""
+        return nearest(self.bit_widths(now), self._allowed)
 
     def split(self, layer: int, x: Tensor, take: Callable[[Tensor], Tensor], now: Steps, unit_E: Tensor) -> tuple[Tensor, Tensor]:
         """`x_Q = c + ratio * v` when d is `ratio * unit`: c(x), and v = unit * (round(u) - u) with the current u = c(x) / d.

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from geta.cost.derive import cost_model
-from geta.cost.model import KINDS, CostModel
+from geta.cost.latency import LatencyTable
+from geta.cost.model import KINDS, LATENCY, CostModel
 from geta.cost.record import Cost
 from geta.errors import ConfigError, GetaError
 from geta.graph.dependency import DependencyGraph
@@ -25,7 +26,9 @@ from geta.optim.selection import Selector
 from geta.optim.shards import is_sharded, whole
 from geta.quant import Bits, Quantizer, quantizers
 
-_UNITS = {"macs": "MACs", "bops": "BOPs", "params": "parameters", "bytes": "bytes"}
+_UNITS = {"macs": "MACs", "bops": "BOPs", "params": "parameters", "bytes": "bytes", LATENCY: "milliseconds (predicted)"}
+_WHOLE = {LATENCY: "uncut"}
+"""What a kind of cost is compared with, where it isn't the dense float network."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,8 @@ class Budget:
 
     bops, macs, params, bytes: a float in (0, 1] is a share of the dense network's cost on the same inputs (32 bits on both sides of
         every product, tensors in their own dtype); an int above 1 is an absolute number (bytes: of parameters, buffers and scales).
+    latency_ms: milliseconds of one call, above 0, as `latency` predicts them (`geta.measure_layers`, docs/latency.md): a prediction for
+        the machine, runtime and batch size of that table, which `geta.report.latency_table.check_prediction` compares with a measurement.
     bit_weight: how much the error of quantization counts against the importance of groups, see `BudgetTarget`; 0 = only groups count.
 
     Raises ConfigError for anything else, and when no limit is given.
@@ -43,13 +48,18 @@ class Budget:
     macs: float | int | None = None
     params: float | int | None = None
     bytes: float | int | None = None
+    latency_ms: float | None = None
+    latency: LatencyTable | None = field(default=None, repr=False)
     bit_weight: float = 1.0
     _bound: CostModel | None = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         given = {kind: getattr(self, kind) for kind in KINDS if getattr(self, kind) is not None}
-        if not given:
-            raise ConfigError("Budget() limits nothing: give at least one of bops, macs, params and bytes, e.g. Budget(bops=0.03)")
+        if not given and self.latency_ms is None and self.latency is None:
+            raise ConfigError(
+                "Budget() limits nothing: give at least one of bops, macs, params, bytes and latency_ms, e.g. Budget(bops=0.03)"
+            )
+        _check_latency(self.latency_ms, self.latency)
         for kind, value in given.items():
             share = type(value) is float and 0.0 < value <= 1.0
             if not share and not (type(value) is int and value > 1):
@@ -66,7 +76,7 @@ class Budget:
 
         Call it after `geta.quantize` and before `fully_shard`. Otherwise the optimizer derives the costs itself.
         """
-        return replace(self, _bound=cost_model(graph))
+        return replace(self, _bound=cost_model(graph, self.latency))
 
     def model_of(self, graph: DependencyGraph) -> CostModel:
         """The costs of the graph's model. Raises ConfigError when they can't be derived any more, or are those of another model."""
@@ -82,16 +92,18 @@ class Budget:
                 f"the model is sharded (first: '{sharded[0]}'), so that its costs can't be derived any more: use "
                 f"target=budget.bind(graph) with a budget that was bound before fully_shard"
             )
-        return cost_model(graph)
+        return cost_model(graph, self.latency)
 
     def limits(self, dense: Mapping[str, float]) -> dict[str, float]:
         """Absolute limits, given the costs of the dense network by kind."""
         given = {kind: getattr(self, kind) for kind in KINDS if getattr(self, kind) is not None}
-        return {kind: value * dense[kind] if isinstance(value, float) else float(value) for kind, value in given.items()}
+        limits = {kind: value * dense[kind] if isinstance(value, float) else float(value) for kind, value in given.items()}
+        return limits if self.latency_ms is None else {**limits, LATENCY: float(self.latency_ms)}
 
-    def to_dict(self) -> dict[str, float | None]:
+    def to_dict(self) -> dict[str, float | str | None]:
         """Plain data, for checkpoints."""
-        return {**{kind: getattr(self, kind) for kind in KINDS}, "bit_weight": float(self.bit_weight)}
+        counted = {**{kind: getattr(self, kind) for kind in KINDS}, "bit_weight": float(self.bit_weight)}
+        return counted if self.latency is None else {**counted, LATENCY: self.latency_ms, "latency": self.latency.fingerprint}
 
 
 @dataclass(frozen=True)
@@ -143,7 +155,7 @@ class BudgetTarget:
         for family, options in enumerate(self._options):
             removed[family] = int(options[next(positions)])
         for place in self._modelled():
-            bits[place] = self._bits[place].upper - next(positions)
+            bits[place] = self._bits[place].widths[-1 - next(positions)]
         plan = Plan(tuple(removed), tuple(bits))
         reached = self.costs(plan.removed, plan.bits)
         assert all(reached[kind] <= limit for kind, limit in self.limits.items()), (reached, self.limits)
@@ -158,15 +170,17 @@ class BudgetTarget:
         return self.model.evaluate(counts, widths)
 
     def check(self, reached: Mapping[str, float]) -> None:
-        """Raise GetaError with the numbers when a cost is above its limit."""
-        over = [self._words(kind, reached[kind]) for kind, limit in self.limits.items() if not reached[kind] <= limit]
+        """Raise GetaError with the numbers when a cost is above its limit; a counted cost has no latency, a planned one has."""
+        over = [self._words(kind, reached[kind]) for kind, limit in self.limits.items() if kind in reached and not reached[kind] <= limit]
         if over:
             raise GetaError(f"the budget is missed: {'; '.join(over)}: were parameters or quantizers changed outside the optimizer?")
 
     def lines(self, reached: Mapping[str, float] | None) -> list[str]:
         """Budget and what was reached, in words, one line per limit."""
         lines = [f"budget of {self._words(kind, None if reached is None else reached[kind])}" for kind in self.limits]
-        return [*lines, *(f"budget: {note}" for note in self.model.notes)]
+        table = self.budget.latency
+        how = [] if table is None else [f"budget: latency is a prediction for {table.words}"]
+        return [*lines, *how, *(f"budget: {note}" for note in self.model.notes)]
 
     def narrowed(self, uppers: Sequence[float], share: float) -> list[float]:
         """Upper bounds [L] on their way from `uppers` to the plan, of which they have gone `share`."""
@@ -198,7 +212,7 @@ class BudgetTarget:
             coordinates.append(Coordinate(number, False, np.array(options, dtype=np.int64), losses))
         used = self._modelled()
         for place in used:
-            bits = np.arange(self._bits[place].upper, self._bits[place].lower - 1, -1)
+            bits = np.array(self._bits[place].widths[::-1])
             losses = self.budget.bit_weight * (noise[place] - noise[place].min()) / len(used)
             coordinates.append(Coordinate(self._place[self._quantizers[place].name], True, bits, losses))
         return coordinates
@@ -206,7 +220,7 @@ class BudgetTarget:
     @torch.no_grad()
     def _noise(self, place: int) -> np.ndarray:
         quantizer, bounds = self._quantizers[place], self._bits[place]
-        bits = np.arange(bounds.upper, bounds.lower - 1, -1, dtype=np.float64)
+        bits = np.array(bounds.widths[::-1], dtype=np.float64)
         levels = np.exp2(bits - quantizer.signed) - 1.0
         top_sq = float(quantizer.q_m.double().pow(2.0 * quantizer.t.double()).mean())
         power = top_sq / 9.0
@@ -216,27 +230,46 @@ class BudgetTarget:
 
     def _check_feasible(self, multiple_of: int) -> None:
         groups = np.zeros(self._index.num_groups)
-        flat = [np.zeros(bounds.upper - bounds.lower + 1) for bounds in self._bits]
+        flat = [np.zeros(len(bounds.widths)) for bounds in self._bits]
         smallest = smallest_costs(self.model, self._coordinates(groups, flat))
         missed = [kind for kind, limit in self.limits.items() if not smallest[kind] <= limit]
         if not missed:
             return
         words = "; ".join(
-            f"{kind}: at most {self.limits[kind]:,.0f} {_UNITS[kind]} are allowed, but the smallest reachable is {smallest[kind]:,.0f} "
-            f"({smallest[kind] / self.model.dense[kind]:.3g} of the dense network)"
+            f"{kind}: at most {_amount(kind, self.limits[kind])} {_UNITS[kind]} are allowed, but the smallest reachable is "
+            f"{_amount(kind, smallest[kind])} ({smallest[kind] / self.model.dense[kind]:.3g} of the {_WHOLE.get(kind, 'dense')} network)"
             for kind in missed
         )
         causes = ["raise the budget", "let more families be pruned (graph.families says why some can't be)"]
         if multiple_of > 1:
             causes.append(f"use a smaller multiple_of than {multiple_of}")
+        if missed == [LATENCY]:  # which doesn't depend on bits
+            raise ConfigError(f"the budget can't be met. {words}. What helps: {', '.join(causes)}")
         lowest = f"lower the smallest bit width (now {min(b.lower for b in self._bits)})" if self._bits else "quantize the model"
         causes.append(f"{lowest} or quantize more tensors" if self._bits else f"{lowest} (geta.quantize) and use QASSO")
         raise ConfigError(f"the budget can't be met. {words}. What helps: {', '.join(causes)}")
 
     def _words(self, kind: str, reached: float | None) -> str:
         dense, limit = self.model.dense[kind], self.limits[kind]
-        planned = "nothing planned yet" if reached is None else f"reached {reached:,.0f} ({100 * reached / dense:.4g} %)"
-        return f"{_UNITS[kind]}: at most {limit:,.0f} ({100 * limit / dense:.4g} % of dense), {planned}"
+        planned = "nothing planned yet" if reached is None else f"reached {_amount(kind, reached)} ({100 * reached / dense:.4g} %)"
+        whole = _WHOLE.get(kind, "dense")
+        return f"{_UNITS[kind]}: at most {_amount(kind, limit)} ({100 * limit / dense:.4g} % of {whole}), {planned}"
+
+
+def _amount(kind: str, value: float) -> str:
+    return f"{value:.4g}" if kind == LATENCY else f"{value:,.0f}"
+
+
+def _check_latency(limit: object, table: object) -> None:
+    if limit is None and table is None:
+        return
+    if isinstance(limit, bool) or not isinstance(limit, int | float) or not 0.0 < limit < float("inf"):
+        raise ConfigError(f"Budget(latency_ms={limit!r}): give milliseconds above 0; the latency of a network is no share of anything")
+    if not isinstance(table, LatencyTable):
+        raise ConfigError(
+            f"Budget(latency_ms={limit!r}, latency={table!r}): give the table that predicts it as well, e.g. "
+            "latency=geta.measure_layers(graph) or geta.LatencyTable.load(path)"
+        )
 
 
 def costs_by_kind(cost: Cost) -> dict[str, float]:

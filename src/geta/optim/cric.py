@@ -71,7 +71,7 @@ class HESSOCRIC(StructuredOptimizer):
         *,
         sparsity: float = 0.5,
         schedule: Schedule | int,
-        multiple_of: int = 1,
+        multiple_of: int | str = 1,
         saliency: SaliencyLike = None,
         max_cycles: int = 3,
         sampling_steps: int | None = None,

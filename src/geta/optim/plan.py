@@ -3,8 +3,8 @@
     min   sum_i loss_i(v_i)      over one candidate value v_i of every coordinate i (a family's removed groups, a quantizer's bits)
     s.t.  cost_k(v) <= limit_k   for every limited kind of cost k
 
-Costs are products of several coordinates (MACs of a layer shrink with both of its families, BOPs with bits as well), so this is no
-linear program. It is solved in three parts, all of which look at exact costs:
+Costs are products of several coordinates (MACs of a layer shrink with both of its families, BOPs with bits as well, a predicted latency
+is interpolated between measured points), so this is no linear program. It is solved in three parts, all of which look at exact costs:
 
 1. Start. Four points within the limits: all coordinates have gone the same share of their way, or all families first, or all
    quantizers first; and coordinate descent on `loss + price * sum_k cost_k / limit_k` at the smallest price that suffices (bisection).
@@ -31,7 +31,7 @@ import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import csr_matrix
 
-from geta.cost.model import KINDS, CostModel, CostMoves
+from geta.cost.model import CostModel, CostMoves
 
 _MARGINS = (0.0, 1e-12, 1e-6)
 """Shares by which the limits are lowered, one after the other, should rounding in floats have hidden that an exact cost is above its."""
@@ -86,8 +86,8 @@ def _point(model: CostModel, coordinates: Sequence[Coordinate], chosen: Sequence
 class _Search:
     def __init__(self, model: CostModel, coordinates: Sequence[Coordinate], limits: dict[str, float]) -> None:
         self._coordinates = list(coordinates)
-        self._kinds = [KINDS.index(kind) for kind in KINDS if kind in limits]
-        self._limits = np.array([limits[KINDS[kind]] for kind in self._kinds], dtype=np.float64)
+        self._kinds = [number for number, kind in enumerate(model.kinds) if kind in limits]
+        self._limits = np.array([limits[model.kinds[number]] for number in self._kinds], dtype=np.float64)
         self._last = [len(one.values) - 1 for one in self._coordinates]
         self._chosen = [0] * len(self._coordinates)
         self._moves = CostMoves(model, _point(model, coordinates, self._chosen)[1])

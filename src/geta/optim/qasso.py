@@ -22,10 +22,10 @@ from geta.optim.forget import Forgetting, check_forgetting, step_share
 from geta.optim.groups import Graph
 from geta.optim.saliency import SaliencyLike
 from geta.optim.schedule import Schedule, Stage
-from geta.optim.setup import BitsLike, as_schedule, check_quant_lr, replaced_bits, trained_parameters
+from geta.optim.setup import as_schedule, check_quant_lr, replaced_bits, trained_parameters
 from geta.optim.structured import StructuredOptimizer
 from geta.optim.wrapper import move_to_own_group
-from geta.quant import quantizers
+from geta.quant import BitsLike, quantizers
 
 _BITS_TOLERANCE = 1e-3
 
@@ -49,9 +49,10 @@ class QASSO(StructuredOptimizer):
     sparsity:        K = floor(sparsity * number of prunable groups), in [0, 1); 0.5 if neither it nor `target` is given.
     target:          a `geta.Budget` of costs instead: the joint stage's first step decides how many groups each family loses and which
                      bits each quantizer gets; upper bounds fall to these bits over the periods (`geta.optim.budget`).
-    weight_bits, activation_bits: (b_l, b_u) that replace the bounds stored in the model's quantizers; None keeps those.
+    weight_bits, activation_bits: bit widths that replace those stored in the model's quantizers; None keeps those. (b_l, b_u) is a range;
+                     {4, 8} allows these two alone: the last period before the cool-down brings each quantizer to the nearer one.
     schedule:        a `Schedule`, or the planned number of steps.
-    multiple_of:     each family keeps a multiple of this many groups, or all.
+    multiple_of:     each family keeps a multiple of this many groups, or all; or the name of a `geta.device_profile`.
     saliency:        see `geta.optim.saliency.Saliency`.
     quant_lr:        learning rate of d, q_m and t (their group's `lr`, weight decay 0).
     forgetting:      "descent" (as published), "uniform", "cosine" or "blend", see `geta.optim.forget`.
@@ -71,10 +72,10 @@ class QASSO(StructuredOptimizer):
         *,
         sparsity: float | None = None,
         target: Budget | None = None,
-        weight_bits: BitsLike = None,
-        activation_bits: BitsLike = None,
+        weight_bits: BitsLike | None = None,
+        activation_bits: BitsLike | None = None,
         schedule: Schedule | int,
-        multiple_of: int = 1,
+        multiple_of: int | str = 1,
         saliency: SaliencyLike = None,
         quant_lr: float = 1e-3,
         forgetting: Forgetting = "blend",
@@ -175,11 +176,10 @@ class QASSO(StructuredOptimizer):
             return
         actual = self._bank.bit_widths().tolist()
         for quantizer, value, bits in zip(self._bank.quantizers, actual, self._bits.tolist(), strict=True):
-            low, high = quantizer.bits.lower, quantizer.bits.upper
-            if abs(value - bits) > _BITS_TOLERANCE or not low <= bits <= high:
+            if abs(value - bits) > _BITS_TOLERANCE or bits not in quantizer.bits.widths:
                 raise GetaError(
-                    f"'{quantizer.name}' has {value:.4f} bits where {bits:g}, an integer in [{low}, {high}], was fixed: were d, q_m or t "
-                    f"changed outside the optimizer?"
+                    f"'{quantizer.name}' has {value:.4f} bits where {bits:g}, one of {', '.join(map(str, quantizer.bits.widths))}, was "
+                    f"fixed: were d, q_m or t changed outside the optimizer?"
                 )
 
     def _headlines(self) -> list[str]:
@@ -218,7 +218,9 @@ class QASSO(StructuredOptimizer):
                 start = bank.projected(self._upper_bits(), proposed)  # the base optimizer's own step may leave d below zero
                 d_next = d_rule if share == 1.0 else start * (d_rule / start).pow(share)
                 now = now._replace(d=torch.where(owners, d_next, now.d))
-            bank.project_(self._upper_bits(), now)
+            now = now._replace(d=bank.projected(self._upper_bits(), now))
+            left = self.schedule.left_to_settle(self._step)
+            bank.write_d_(bank.settled(now, left) if left else now.d)
             if self._step + 1 < self.schedule.cooldown_start:
                 return
         if self._bits is None:
@@ -257,7 +259,7 @@ class QASSO(StructuredOptimizer):
             **super()._settings(),
             "forgetting": self._rule,
             "tighten": bool(self._tightened),
-            "bits": {q.name: [q.bits.lower, q.bits.upper] for q in self._bank.quantizers},
+            "bits": {q.name: q.bits.to_json() for q in self._bank.quantizers},
         }
 
     def _extra_state(self) -> dict[str, Any]:

@@ -141,6 +141,15 @@ class Schedule:
         start, end = length * period // periods, length * (period + 1) // periods
         return JointPosition(period, elapsed - start, end - start)
 
+    def left_to_settle(self, step: int) -> int:
+        """Steps until bit widths are fixed, this one included, within the last period before the cool-down; 0 before it and after."""
+        left = self.cooldown_start - step
+        length, periods = (
+            (self.joint_steps, self.num_joint_periods) if self.joint_steps else (self.projection_steps, self.num_projection_periods)
+        )
+        last = length - length * (periods - 1) // periods if length else 0
+        return left if 0 < left <= last else 0
+
     def pruned_target(self, period: int, groups: int) -> int:
         """Groups marked by the end of joint period `period` (from 0) out of `groups` = K: `floor(K (period + 1) / P)`."""
         return groups * (period + 1) // self.num_joint_periods

@@ -14,7 +14,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from geta.errors import ConfigError
+from geta.devices import resolve_multiple
 
 _FIRST_WINDOW = 64
 """Blocks of m that are planned exactly at the end of the greedy pass; widened when the target can't be met inside it."""
@@ -23,7 +23,8 @@ _FIRST_WINDOW = 64
 class Selector:
     """Chooses redundant groups.
 
-    sizes: groups per family. wanted: K as the user asked for. multiple_of: m.
+    sizes: groups per family. wanted: K as the user asked for. multiple_of: m, or the name of a device
+    profile that has it.
     target: the K that will be met: the feasible count nearest to `wanted`, the smaller one of two equally near.
     note: in words, when `target` differs from `wanted`; otherwise "".
     counts: how many groups each family loses in the end, when that is fixed (`fix`); else None.
@@ -31,10 +32,8 @@ class Selector:
 
     counts: list[int] | None = None
 
-    def __init__(self, sizes: Sequence[int], wanted: int, multiple_of: int = 1) -> None:
-        if not isinstance(multiple_of, int) or isinstance(multiple_of, bool) or multiple_of < 1:
-            raise ConfigError(f"multiple_of is {multiple_of!r}: it must be a whole number, at least 1")
-        self.multiple_of = multiple_of
+    def __init__(self, sizes: Sequence[int], wanted: int, multiple_of: int | str = 1) -> None:
+        multiple_of = self.multiple_of = resolve_multiple(multiple_of)
         self.starts = np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)]).astype(np.int64)
         self.options = [removable_counts(size, multiple_of) for size in sizes]
         self.target = nearest_feasible(self.options, wanted)

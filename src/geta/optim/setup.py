@@ -10,9 +10,7 @@ from torch import nn
 from geta.errors import ConfigError
 from geta.optim.groups import Graph
 from geta.optim.schedule import Schedule
-from geta.quant import Bits, Quantizer, fixed_quantizers, quantizers
-
-BitsLike = Bits | Sequence[int] | int | None
+from geta.quant import Bits, BitsLike, Quantizer, fixed_quantizers, quantizers
 
 
 def check_sparsity(sparsity: float) -> None:
@@ -44,7 +42,7 @@ def refuse_unprunable(graph: Graph, sparsity: float) -> None:
     raise ConfigError(f"sparsity is {sparsity}, but the model has no prunable group: {words}; use sparsity=0")
 
 
-def replaced_bits(setting: str, value: BitsLike, kind: str, found: Sequence[Quantizer]) -> Bits | None:
+def replaced_bits(setting: str, value: BitsLike | None, kind: str, found: Sequence[Quantizer]) -> Bits | None:
     """The bounds that replace those of the quantizers of `kind`; None keeps them."""
     if value is None:
         return None

@@ -47,7 +47,7 @@ class StructuredOptimizer(WrappingOptimizer):
         *,
         sparsity: float,
         schedule: Schedule,
-        multiple_of: int,
+        multiple_of: int | str,
         saliency: SaliencyLike,
         bank: QuantizerBank,
         forgetting: Forgetting,

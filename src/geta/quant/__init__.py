@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from geta.quant.annealing import Annealing, anneal
 from geta.quant.attach import quantize, quantizers
-from geta.quant.bits import Bits
+from geta.quant.bits import Bits, BitsLike
+from geta.quant.ends import end_layers
 from geta.quant.fixed import FixedBits, FixedQuantizer, fixed_quantizers
 from geta.quant.fixed_ops import lsq_codes, lsq_quantize
 from geta.quant.native import native_status
@@ -19,6 +20,7 @@ __all__ = [
     "STE",
     "Annealing",
     "Bits",
+    "BitsLike",
     "FixedBits",
     "FixedQuantizer",
     "Fourier",
@@ -28,6 +30,7 @@ __all__ = [
     "anneal",
     "bit_width",
     "dequantize",
+    "end_layers",
     "fake_quantize",
     "fixed_quantizers",
     "lsq_codes",

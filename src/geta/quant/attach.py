@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -13,7 +14,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from geta.errors import BadModelError, ConfigError
-from geta.quant.bits import LARGEST, Bits
+from geta.quant.bits import LARGEST, Bits, BitsLike
 from geta.quant.calibration import Range, calibrate, map_inputs
 from geta.quant.fixed import FixedBits, FixedQuantizer, fixed_quantizers
 from geta.quant.quantizer import Kind, Quantizer
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
 DEFAULT_EXCLUDE = ("*.head",)
 
 Granularity = Literal["tensor", "channel"]
-BitsLike = Bits | Sequence[int] | int
 AnyBits = Bits | FixedBits
 AnyQuantizer = Quantizer | FixedQuantizer
 _INITIAL_BITS, _PERCENTILE = 16, 99.9
@@ -40,9 +40,11 @@ class _Settings:
     surrogate: Surrogate
     linear: bool
     initial_bits: int
+    special: Mapping[str, AnyBits]
 
-    def quantizer(self, name: str, kind: Kind, bits: AnyBits, found: Range) -> AnyQuantizer:
-        """The quantizer of a tensor with this range; per channel if the range's tensors are."""
+    def quantizer(self, path: str, name: str, kind: Kind, found: Range, bits: AnyBits) -> AnyQuantizer:
+        """The quantizer of a tensor of the module at `path`, with this range; per channel if the range's tensors are."""
+        bits = [bits, *(special for pattern, special in self.special.items() if fnmatchcase(path, pattern))][-1]
         if isinstance(bits, FixedBits):
             scale = bits.initial_scale(found.mean, signed=found.signed)
             return FixedQuantizer(name, kind, bits, scale, signed=found.signed, surrogate=self.surrogate)
@@ -65,6 +67,7 @@ def quantize(  # noqa: PLR0913 - the fixed public interface, keywords only
     activations: BitsLike | FixedBits | None = Bits(8, 8),  # noqa: B008 - frozen
     surrogate: Surrogate = STE(),  # noqa: B008 - frozen
     granularity: Granularity = "tensor",
+    bits_of: Mapping[str, BitsLike | FixedBits] | None = None,
     exclude: Sequence[str] = DEFAULT_EXCLUDE,
     calibration: Iterable[Any] | None = None,
     calibration_batches: int = 32,
@@ -75,7 +78,10 @@ def quantize(  # noqa: PLR0913 - the fixed public interface, keywords only
 ) -> nn.Module:
     """Attach trainable quantizers to `model`, in place, and return it. What gets one: see `geta.quant.targets`.
 
-    weights, activations: range of bit widths, `FixedBits(2)` for one that isn't learned, or None to leave them in floating point.
+    weights, activations: bit widths to learn: (4, 8) is a range, {4, 8} allows these two alone; `FixedBits(2)` for one that isn't
+                  learned, or None to leave them in floating point.
+    bits_of:      other bit widths for weights and inputs of some layers, by `fnmatch` pattern over whole module paths; the last pattern
+                  that matches counts. For first and last layers: `dict.fromkeys(geta.end_layers(graph), 8)`.
     surrogate:    gradient of the rounding: `STE()`, `Fourier((0.21,))`, `DSQ(0.2)` or `DGE(5, 3)`.
     granularity:  one quantizer per weight "tensor" or one per output "channel" of it; activations always have one.
     exclude:      `fnmatch` patterns over whole module paths; a matched module, all inside it and all weights that it shares with
@@ -103,13 +109,15 @@ def quantize(  # noqa: PLR0913 - the fixed public interface, keywords only
     if not isinstance(model, nn.Module):
         raise BadModelError(f"quantize needs a torch.nn.Module, got {type(model).__name__}")
     weight_bits, activation_bits = _any_bits(weights), _any_bits(activations)
-    settings = _Settings(surrogate, linear=not nonlinear, initial_bits=initial_bits)
+    special = {pattern: Bits.of(bits) if not isinstance(bits, FixedBits) else bits for pattern, bits in (bits_of or {}).items()}
+    settings = _Settings(surrogate, linear=not nonlinear, initial_bits=initial_bits, special=special)
     _check_settings(settings, weight_bits, activation_bits, granularity)
     _check_calibration(calibration, calibration_batches, percentile, activation_bits)
     _warn_of_no_effect(settings, weight_bits, activation_bits, percentile)
     _refuse_quantized(model)
     patterns = (exclude,) if isinstance(exclude, str) else tuple(exclude)
     layers = find_layers(model, patterns, strict=exclude is not DEFAULT_EXCLUDE)
+    _check_patterns(special, layers)
     weight_plan = [] if weight_bits is None else _plan_weights(model, layers, weight_bits, granularity, settings)
     input_plan: list[tuple[Layer, AnyQuantizer]] = []
     result_plan: list[tuple[Layer, AnyQuantizer]] = []
@@ -163,11 +171,22 @@ def _check_settings(settings: _Settings, weights: AnyBits | None, activations: A
         raise ConfigError(f"granularity: {granularity!r} is unknown; use 'tensor' or 'channel'")
     if granularity == "channel" and weights is None:
         warnings.warn("granularity='channel' has no effect: it is about weights, and weights=None", stacklevel=3)
-    for key, bits in (("weights", weights), ("activations", activations)):
+    named = {f"bits_of['{pattern}']": bits for pattern, bits in settings.special.items()}
+    for key, bits in {"weights": weights, "activations": activations, **named}.items():
         if isinstance(bits, Bits) and not bits.lower <= settings.initial_bits <= LARGEST:
             raise ConfigError(
                 f"initial_bits: {settings.initial_bits} is outside [{bits.lower}, {LARGEST}], from the lower bound of {key} to the "
                 "widest supported; 16 is a good start"
+            )
+
+
+def _check_patterns(special: Mapping[str, AnyBits], layers: Sequence[Layer]) -> None:
+    paths = [layer.path for layer in layers]
+    for pattern in special:
+        if not any(fnmatchcase(path, pattern) for path in paths):
+            raise ConfigError(
+                f"bits_of: '{pattern}' matches none of the {len(paths)} layers that are quantized; patterns are matched against whole "
+                f"module paths such as {', '.join(repr(path) for path in paths[:3]) or '(there are none)'}: check it, and exclude"
             )
 
 
@@ -206,7 +225,7 @@ def _plan_weights(
     model: nn.Module, layers: Sequence[Layer], bits: AnyBits, granularity: Granularity, settings: _Settings
 ) -> list[tuple[Weight, AnyQuantizer]]:
     return [
-        (weight, settings.quantizer(weight.name, "weight", bits, _weight_range(weight, granularity)))
+        (weight, settings.quantizer(weight.name.rpartition(".")[0], weight.name, "weight", _weight_range(weight, granularity), bits))
         for weight in find_weights(model, layers)
     ]
 
@@ -216,7 +235,7 @@ def _plan(
 ) -> list[tuple[Layer, AnyQuantizer]]:
     """side: "input" or "output"."""
     names = [(layer, f"{layer.path}:{side}") for layer in layers]
-    return [(layer, settings.quantizer(name, "activation", bits, ranges[name])) for layer, name in names if name in ranges]
+    return [(layer, settings.quantizer(layer.path, name, "activation", ranges[name], bits)) for layer, name in names if name in ranges]
 
 
 def _weight_range(weight: Weight, granularity: Granularity) -> Range:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from geta.errors import CheckpointError
 from geta.quant import native_plan, native_reuse, ops
-from geta.quant.bits import Bits
+from geta.quant.bits import Bits, allowed_widths, nearest
 from geta.quant.native import is_eager
 from geta.quant.surrogate import STE, Surrogate
 
@@ -22,7 +22,7 @@ class Quantizer(nn.Module):
 
     name:    canonical name of what is quantized: `conv1.weight`, or `conv1:input` for the input of module `conv1`.
     kind:    "weight" or "activation".
-    bits:    range of bit widths that the tensor must end up in.
+    bits:    the bit widths that the tensor may end up with.
     q_m:     initial range, shape `[]` (per tensor) or broadcasting against the tensor (per channel), above zero; d and t get
              its shape, device and dtype (at least float32).
     signed:  whether the codes are symmetric around zero; otherwise they start at zero.
@@ -119,8 +119,8 @@ class Quantizer(nn.Module):
 
     @torch.no_grad()
     def round_bits_(self) -> Tensor:
-        """Set d so that every bit width is the nearest integer inside `bits`; return these widths, int64, d's shape."""
-        widths = self.bit_width().round_().clamp_(self.bits.lower, self.bits.upper)
+        """Set d so that every bit width is the nearest one of `bits`; return these widths, int64, d's shape."""
+        widths = nearest(self.bit_width(), allowed_widths([self.bits], self.d.device)[0])
         self.d.copy_(ops.step_size(widths, self.q_m, self.t, self.signed))
         return widths.to(torch.int64)
 
@@ -142,7 +142,7 @@ class Quantizer(nn.Module):
     def extra_repr(self) -> str:
         sign = "signed" if self.signed else "unsigned"
         shape = "linear" if self.linear else "nonlinear"
-        return f"{self.name}, {self.kind}, bits {self.bits.lower}-{self.bits.upper}, {sign}, {shape}"
+        return f"{self.name}, {self.kind}, bits {self.bits}, {sign}, {shape}"
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         self._kept.clear()

@@ -26,20 +26,43 @@ class Latency:
         return asdict(self)
 
 
-def interleaved(calls: Mapping[str, Callable[[], object]], rounds: int = 30, warmup: int = 3) -> dict[str, Latency]:
+_FEWEST_ROUNDS = 3
+
+
+def interleaved(
+    calls: Mapping[str, Callable[[], object]], rounds: int = 30, warmup: int = 3, *, seconds: float = math.inf, burst: float = 0.0
+) -> dict[str, Latency]:
     """Time every call once per round, in turn, so that a drift of the machine's speed meets all of them alike.
 
-    calls:  name -> function without arguments.
-    rounds: timed rounds; `warmup` untimed ones come before.
+    calls:   name -> function without arguments.
+    rounds:  timed rounds; `warmup` untimed ones come before.
+    seconds: no further round begins after so much time, but three are always timed (or `rounds`, if that is fewer).
+    burst:   each turn repeats its call for so many seconds, at least once, and the fastest counts: for many short candidates, which
+        drive each other out of the caches.
     """
     times: dict[str, list[float]] = {name: [] for name in calls}
+    end = time.perf_counter() + seconds if seconds < math.inf else math.inf
     for number in range(warmup + rounds):
+        if number >= warmup + min(_FEWEST_ROUNDS, rounds) and end < math.inf and time.perf_counter() > end:
+            break
         for name, call in calls.items():
-            start = time.perf_counter()
-            call()
-            if number >= warmup:
-                times[name].append((time.perf_counter() - start) * 1e3)
+            if number < warmup:
+                call()
+            else:
+                times[name].append(_turn(call, burst) * 1e3)
     return {name: _summary(sorted(found)) for name, found in times.items()}
+
+
+def _turn(call: Callable[[], object], burst: float) -> float:
+    """Seconds of the fastest call in a burst; one call, where there is none."""
+    best, spent = math.inf, 0.0
+    while True:
+        start = time.perf_counter()
+        call()
+        took = time.perf_counter() - start
+        best, spent = min(best, took), spent + took
+        if spent >= burst:
+            return best
 
 
 def _summary(times: Sequence[float]) -> Latency:

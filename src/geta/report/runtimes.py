@@ -43,6 +43,7 @@ class Measured:
 class _Network:
     """A module that takes flattened inputs, and where its files may lie."""
 
+    name: str
     module: nn.Module
     compact: CompactModel | None
     inputs: Sequence[Any]
@@ -61,12 +62,14 @@ def measure(
     threads: int = 1,
     rounds: int = 30,
     runtimes: Sequence[str] = RUNTIMES,
+    others: Mapping[str, CompactModel] | None = None,
 ) -> Measured:
     """Time a compact network, and the dense one it came from if it is given, in turn within every round.
 
     args, kwargs: the dense model's example inputs; None = random ones of the sizes that the compact model was captured with.
     batches:      batch sizes; inputs are repeated along their first dimension. threads: of every runtime.
     folder:       where the exported files go. rounds: timed ones, after three others.
+    others:       further compact networks that take the same inputs, by name, such as one that nothing was removed from.
     Raises ConfigError for an unknown runtime or impossible numbers.
     """
     unknown = [name for name in runtimes if name not in RUNTIMES]
@@ -75,26 +78,27 @@ def measure(
             f"unknown runtime '{unknown[0]}'; known are {', '.join(RUNTIMES)}" if unknown else "batches, threads and rounds start at 1"
         )
     given = compact.flattened(args, kwargs or {}) if args or kwargs else example_inputs(compact.programs["eval"].graph)
-    networks = {"compact": _Network(_Flat(compact.eval(), compact), compact, given, folder, threads)}
+    made = {"compact": compact, **(others or {})}
+    networks = {name: _Network(name, _Flat(one.eval(), one), one, given, folder, threads) for name, one in made.items()}
     if dense is not None:
-        networks["dense"] = _Network(_Flat(dense.eval(), compact), None, given, folder, threads)
+        networks["dense"] = _Network("dense", _Flat(dense.eval(), compact), None, given, folder, threads)
     calls: dict[str, Callable[[Sequence[Any]], object]] = {}
     missing: dict[str, str] = {}
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
         for side, network in networks.items():
-            for words, build in _candidates(side, runtimes).items():
+            for words, build in _candidates(network.compact, runtimes).items():
                 name = f"{side}, {words}"
                 try:
                     calls[name] = build(network)
-                    calls[name](_batch(given, batches[0]))
+                    calls[name](at_batch(given, batches[0]))
                 except Exception as error:  # noqa: BLE001 - whatever a runtime raises: the others are measured, and this one is named
                     calls.pop(name, None)
                     missing[name] = first_cause(error)
         found = {}
         for batch in batches:
-            inputs = _batch(given, batch)
+            inputs = at_batch(given, batch)
             found[batch] = interleaved({name: lambda call=call, inputs=inputs: call(inputs) for name, call in calls.items()}, rounds)  # type: ignore[misc]
     finally:
         torch.set_num_threads(before)
@@ -123,8 +127,8 @@ def has_dot_products(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
     return cpuinfo.is_file() and any(flag in cpuinfo.read_text() for flag in ("avx512_vnni", "avx_vnni", "amx_int8"))
 
 
-def _batch(leaves: Sequence[Any], size: int) -> list[Any]:
-    """Every tensor's rows, repeated or cut to `size` of them."""
+def at_batch(leaves: Sequence[Any], size: int) -> list[Any]:
+    """The inputs with every tensor's rows repeated or cut to `size` of them."""
 
     def rows(leaf: Any) -> Any:
         if not isinstance(leaf, Tensor) or not leaf.dim():
@@ -134,15 +138,16 @@ def _batch(leaves: Sequence[Any], size: int) -> list[Any]:
     return [rows(leaf) for leaf in leaves]
 
 
-def _candidates(side: str, runtimes: Sequence[str]) -> dict[str, _Build]:
+def _candidates(compact: CompactModel | None, runtimes: Sequence[str]) -> dict[str, _Build]:
+    """compact: the network to run, None = the dense one. Integers are timed where there are some."""
     builds: dict[str, tuple[str, _Build]] = {"PyTorch": ("eager", _eager), "torch.compile": ("compile", _compiled)}
-    if side == "compact":
+    quantized = compact is not None and bool(compact.bits)
+    if quantized:
         builds["ONNX Runtime, integers"] = ("onnx", lambda network: _onnx(network, integers=True))
-        builds["ONNX Runtime, floats"] = ("onnx", lambda network: _onnx(network, integers=False))
         builds["OpenVINO, integers"] = ("openvino", lambda network: _openvino(network, integers=True))
     else:
-        builds["ONNX Runtime, floats"] = ("onnx", lambda network: _onnx(network, integers=False))
         builds["OpenVINO, floats"] = ("openvino", lambda network: _openvino(network, integers=False))
+    builds["ONNX Runtime, floats"] = ("onnx", lambda network: _onnx(network, integers=False))
     here = importlib.util.find_spec("openvino") is not None
     return {words: build for words, (runtime, build) in builds.items() if runtime in runtimes and (runtime != "openvino" or here)}
 
@@ -172,7 +177,7 @@ def _file(network: _Network, *, integers: bool) -> Path:
     from geta.export.onnx import export_onnx, exported
 
     if network.compact is not None:
-        path = network.folder / f"compact-{'integers' if integers else 'floats'}.onnx"
+        path = network.folder / f"{network.name}-{'integers' if integers else 'floats'}.onnx"
         return export_onnx(network.compact, path, integers=integers, uint8_weights=not has_dot_products()).path
     path = network.folder / "dense.onnx"
     names = [f"input_{place}" for place in range(len(network.inputs))]
