@@ -15,6 +15,7 @@ import onnxruntime
 import pytest
 import torch
 from torch import nn
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 import export_nets
 import geta
@@ -113,6 +114,31 @@ def test_results_keep_their_names(models, tmp_path):
     report = models("attention").export_onnx(tmp_path / "model.onnx")
     assert report.outputs == ["hidden"]
     assert [value.name for value in onnx.load(tmp_path / "model.onnx").graph.output] == ["hidden"]
+
+
+class Described(nn.Module):
+    """Gives what models of `transformers` give."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 8), nn.Linear(8, 2)
+
+    def forward(self, x: torch.Tensor) -> BaseModelOutputWithPooling:
+        hidden = torch.relu(self.first(x))
+        return BaseModelOutputWithPooling(last_hidden_state=hidden, pooler_output=self.second(hidden))
+
+
+def test_results_of_a_result_class_are_called_like_its_fields(tmp_path):
+    model, x = Described().eval(), torch.randn(3, 4)
+    graph = geta.analyze(model, (x,))
+    small = geta.compact(model, graph, graph.random_selection(0.0))
+    small.save(tmp_path / "small")
+    for each in (small, geta.load(tmp_path / "small")):
+        report = each.export_onnx(tmp_path / "model.onnx")
+        assert report.outputs == ["last_hidden_state", "pooler_output"]
+        hidden, pooled = run_file(tmp_path / "model.onnx", [x])
+        torch.testing.assert_close(hidden, each(x).last_hidden_state)
+        torch.testing.assert_close(pooled, each(x).pooler_output)
 
 
 @pytest.mark.parametrize("name", ["residual", "fixed", "nonlinear", "words"])

@@ -59,7 +59,8 @@ def parity(model: CompactModel, inputs: Sequence[Any] | None = None, *, uint8_we
     lowered = lower(network, uint8_weights=uint8_weights)
     names = [*lowered.activations]
     results = pytree.tree_leaves(network.graph.output_node().args[0])
-    network.graph.output_node().args = ((*results, *(lowered.activations[name] for name in names)),)
+    seen = [_copy_of(network.graph, lowered.activations[name]) for name in names]
+    network.graph.output_node().args = ((*results, *seen),)
     exposed = [*shown, *((len(results) + place, f"quantizer_{place}") for place in range(len(names)))]
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.onnx"
@@ -71,6 +72,12 @@ def parity(model: CompactModel, inputs: Sequence[Any] | None = None, *, uint8_we
     count = sum(tensor.numel() for tensor in codes.values())
     places = [place for place, _ in shown]
     return Parity(steps, differing / max(1, count), _gap(theirs, [forced[p] for p in places]), _gap(theirs, [plain[p] for p in places]))
+
+
+def _copy_of(graph: fx.Graph, node: fx.Node) -> fx.Node:
+    """What a node gives, before anything changes it in place."""
+    with graph.inserting_after(node):
+        return graph.call_function(torch.ops.aten.clone.default, (node,))
 
 
 def run_file(path: Path, leaves: Sequence[Any]) -> list[Tensor]:

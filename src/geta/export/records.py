@@ -64,10 +64,11 @@ class TensorRecord:
         good = (
             isinstance(data, dict)
             and all(key in known for key in data)
-            and data.get("dtype") in DTYPES
+            and isinstance(data.get("dtype"), str)
+            and data["dtype"] in DTYPES
             and isinstance(data.get("shape"), list)
             and all(type(size) is int and size >= 0 for size in data["shape"])
-            and data.get("trainable") in (None, True, False)
+            and isinstance(data.get("trainable"), bool | None)
             and ("bits" in data) == ("signed" in data)
         )
         if good and "bits" in data:
