@@ -20,9 +20,10 @@ METHODS_ARGS ?=
 LOW_BITS_ARGS ?=
 SALIENCY_ARGS ?=
 KERNELS_ARGS ?=
+LATENCY_ARGS ?=
 
 .PHONY: help demo test check format zoo fuzz clean
-.PHONY: bench-step bench-joint bench-methods bench-low-bits bench-saliency bench-kernels bench-peers bench-scale
+.PHONY: bench-step bench-joint bench-methods bench-low-bits bench-saliency bench-kernels bench-peers bench-scale bench-latency
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 17
@@ -92,6 +93,9 @@ bench-kernels: .venv/.stamp-dev  ## the compiled quantizers against PyTorch's op
 
 bench-peers: .venv-zoo/.stamp  ## geta and torch-pruning on torchvision's classifiers, an hour; resumable (PEERS_ARGS="--only '*resnet*'")
 	.venv-zoo/bin/python -m bench.versus_torch_pruning $(PEERS_ARGS)
+
+bench-latency: .venv/.stamp-dev  ## dense, pruned, quantized and compact networks in PyTorch and ONNX Runtime; resumable
+	$(BIN)/python -m bench.latency $(LATENCY_ARGS)
 
 bench-scale: .venv-zoo/.stamp  ## analyse language models of 7 to 70 billion parameters without weights (SCALE_ARGS="--only 'llama-7b*'")
 	.venv-zoo/bin/python -m bench.scale $(SCALE_ARGS)

@@ -14,7 +14,7 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -67,15 +67,20 @@ NETWORKS = {"resnet20": resnet20, "vgg7": vgg7}
 
 @dataclass(frozen=True)
 class Setting:
-    """One run. activations: bit width of the activations, None = not quantized. forgetting: None = the dense network."""
+    """One run. activations: bit width of the activations, None = not quantized. forgetting: None = the dense network.
+
+    clip: largest norm of the gradient. The dense ResNet-20's lowest accuracy after warm-up, three seeds: 91.4 to 93.9 % without clipping,
+          94.7 to 96.1 % with it.
+    """
 
     network: str
     activations: int | None
     forgetting: Forgetting | None
     seed: int
-    epochs: int = 40
+    epochs: int = 60
     sparsity: float = 0.5
     learning_rate: float = 0.02
+    clip: float = 1.0
     quant_lr: float = 1e-4
     warmup: float = 0.15
     projection: float = 0.1
@@ -84,10 +89,10 @@ class Setting:
     @property
     def name(self) -> str:
         if self.forgetting is None:
-            return f"{self.network}-dense-{self.epochs}-{self.learning_rate:g}-{self.seed}"
+            return f"{self.network}-dense-{self.epochs}-{self.learning_rate:g}-{self.clip:g}-{self.seed}"
         quantized = "w" if self.activations is None else f"wa{self.activations}"
         shares = f"{self.warmup:g}-{self.projection:g}-{self.joint:g}"
-        return f"{self.network}-{quantized}-{self.forgetting}-{self.epochs}-{self.learning_rate:g}-{shares}-{self.seed}"
+        return f"{self.network}-{quantized}-{self.forgetting}-{self.epochs}-{self.learning_rate:g}-{self.clip:g}-{shares}-{self.seed}"
 
 
 def run(setting: Setting) -> dict[str, Any]:
@@ -120,6 +125,7 @@ def run(setting: Setting) -> dict[str, Any]:
     for step, (images, labels) in enumerate(islice(digits.batches(BATCH, setting.seed), steps)):
         used.zero_grad()
         F.cross_entropy(model(images), labels).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), setting.clip)
         used.step()
         scheduler.step()
         if (step + 1) % per_epoch == 0:
@@ -155,11 +161,11 @@ def prepare(model: nn.Module, setting: Setting, digits: Digits) -> None:
     geta.quantize(model, weights=geta.Bits(4, 8), activations=bits, calibration=batches(), exclude=())
 
 
-def settings(networks: Sequence[str], rules: Sequence[Forgetting], seeds: int, epochs: int) -> list[Setting]:
+def settings(networks: Sequence[str], rules: Sequence[Forgetting], seeds: int, **others: Any) -> list[Setting]:
     """The dense runs first, then every combination."""
-    dense = [Setting(network, None, None, seed, epochs) for network, seed in itertools.product(networks, range(seeds))]
+    dense = [Setting(network, None, None, seed, **others) for network, seed in itertools.product(networks, range(seeds))]
     kinds = itertools.product(networks, (None, 8), rules, range(seeds))
-    return dense + [Setting(network, activations, rule, seed, epochs) for network, activations, rule, seed in kinds]
+    return dense + [Setting(network, activations, rule, seed, **others) for network, activations, rule, seed in kinds]
 
 
 def record(setting: Setting, folder: Path, *, fresh: bool) -> dict[str, Any]:
@@ -175,7 +181,7 @@ def render(chosen: Sequence[Setting], records: dict[str, dict[str, Any]]) -> lis
         if setting.forgetting is None:
             continue
         found = records[setting.name]
-        plain = records[Setting(setting.network, None, None, setting.seed, setting.epochs).name]
+        plain = records[replace(setting, activations=None, forgetting=None).name]
         dense = plain["final"]
         kind = "weights" if setting.activations is None else f"weights, {setting.activations}-bit activations"
         numbers = (
@@ -198,12 +204,13 @@ def main() -> None:
     parser.add_argument("--networks", nargs="+", choices=sorted(NETWORKS), default=sorted(NETWORKS))
     parser.add_argument("--rules", nargs="+", default=["blend", "descent", "uniform", "cosine"])
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--epochs", type=int, default=40)
+    parser.add_argument("--epochs", type=int, default=Setting.epochs)
+    parser.add_argument("--learning-rate", type=float, default=Setting.learning_rate)
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--fresh", action="store_true")
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args()
-    chosen = settings(options.networks, options.rules, options.seeds, options.epochs)
+    chosen = settings(options.networks, options.rules, options.seeds, epochs=options.epochs, learning_rate=options.learning_rate)
     folder = options.out / "joint_stage"
     prepare_folder(folder)
     records: dict[str, dict[str, Any]] = {}
@@ -213,7 +220,8 @@ def main() -> None:
             records[name] = future.result()
             print(f"{count}/{len(waiting)}  {name}  {records[name].get('compact', records[name]['final']):.2f} %", flush=True)
     shares = f"warm-up {Setting.warmup:.0%}, projection {Setting.projection:.0%} and joint stage {Setting.joint:.0%} of the steps"
-    how = f"{options.epochs} epochs, batch {BATCH}, SGD with a cosine learning rate from {Setting.learning_rate}; {shares}"
+    rate = f"SGD with a cosine learning rate from {options.learning_rate:g}, gradients clipped to norm {Setting.clip:g}"
+    how = f"{options.epochs} epochs, batch {BATCH}, {rate}; {shares}"
     facts = f"{versions('torch', 'geta')}; {machine()}; {how}."
     lines = ["# The joint stage on digits", "", facts, "", "Mean ± standard deviation over the seeds:", "", *render(chosen, records)]
     written("joint_stage", lines, options.out)

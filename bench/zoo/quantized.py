@@ -34,8 +34,7 @@ def same_families(
     plain: the float model's graph, if it is at hand.
     """
     plain = plain or analyze(model, args, kwargs, exact=exact)
-    left_out = {*_parametrized(model), *_never_called(model, args, dict(kwargs or {}))}
-    excluded = [glob.escape(path) for path in sorted(left_out)]
+    excluded = [glob.escape(path) for path in unquantizable(model, args, dict(kwargs or {}))]
     if not find_weights(model, find_layers(model, excluded, strict=True)):
         return []  # e.g. every weight is computed by a parametrization
     quantized = quantize(
@@ -47,6 +46,11 @@ def same_families(
         calibration=[_batch(model, args, dict(kwargs or {}))],
     )
     return differences(plain, analyze(quantized, args, kwargs, exact=exact))
+
+
+def unquantizable(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[str]:
+    """Paths of the modules that `quantize` can't work on: parametrized already, or their forward never runs."""
+    return sorted({*_parametrized(model), *_never_called(model, args, kwargs)})
 
 
 def _parametrized(model: nn.Module) -> list[str]:
