@@ -45,11 +45,12 @@ def test_exactly_k_groups_are_removed(finished):
 
 def test_every_bit_width_is_an_integer_in_its_range(finished):
     _, record = finished
-    weights = {name: bits for name, bits in record["bits"].items() if not name.endswith(":input")}
-    inputs = {name: bits for name, bits in record["bits"].items() if name.endswith(":input")}
+    weights = {name: bits for name, bits in record["bits"].items() if ":" not in name}
+    activations = {name: bits for name, bits in record["bits"].items() if ":" in name}
     assert len(weights) == 22
     assert all(isinstance(bits, int) and 4 <= bits <= 8 for bits in weights.values())
-    assert set(inputs.values()) == {8}
+    assert {name.partition(":")[2] for name in activations} == {"input", "output"}
+    assert set(activations.values()) == {8}
 
 
 def test_the_compact_network_is_the_trained_one(finished):

@@ -55,6 +55,7 @@ def train_both(settings: DemoSettings, digits: Digits, log: RunLog) -> Trained:
         weights=geta.Bits(*settings.bits),
         activations=geta.Bits.of(settings.activation_bits),
         calibration=calibration_batches(digits, settings),
+        results_of=graph,
     )
     optimizer = geta.QASSO(
         sgd(model, settings),
