@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 
@@ -52,11 +54,22 @@ def test_pt2(saved, tmp_path, capsys):
     assert found.shape == (3, 5)
 
 
+def test_compressed_tensors(saved, capsys):
+    assert main(["export", str(saved / "small"), "--format", "compressed-tensors"]) == 0
+    printed = capsys.readouterr().out
+    folder = saved / "compressed-tensors"
+    assert f"{folder}: {(folder / 'model.safetensors').stat().st_size:,} bytes of tensors; 1 linear layers as integers" in printed
+    assert "  conv1.weight: it is read by aten.conv2d.default" in printed
+    assert json.loads((folder / "config.json").read_text())["quantization_config"]["format"] == "pack-quantized"
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "words"),
     [
-        (["--format", "pt2", "--float"], 2, "--float is about ONNX files"),
-        (["--format", "pt2", "--int8-weights"], 2, "--int8-weights is about ONNX files"),
+        (["--format", "pt2", "--float"], 2, "--float is about onnx and the format is pt2"),
+        (["--format", "pt2", "--int8-weights"], 2, "--int8-weights is about onnx and the format is pt2"),
+        (["--compiled"], 2, "--compiled is about pt2 and the format is onnx"),
+        (["--format", "compressed-tensors", "--dynamic", "all"], 2, "--dynamic is about onnx and pt2 and the format is compressed-tensors"),
         (["--format", "tflite"], 2, "tflite"),
         (["--out", "no/such/folder/model.onnx"], 2, "there is no folder"),
     ],

@@ -11,7 +11,7 @@ from torch import nn
 
 import geta
 from geta.errors import CheckpointError, ConfigError, GetaError
-from geta.optim import HESSO, QASSO, Budget, Schedule
+from geta.optim import HESSO, HESSOCRIC, QASSO, Budget, Schedule
 from geta.quant import quantize
 
 STEPS = 16
@@ -119,6 +119,8 @@ CASES = [
     (Budget(macs=0.4), QASSO, {"quantized": None}, 0.15),
     (Budget(macs=0.6, params=900), HESSO, {}, 0.15),
     (Budget(macs=0.5), HESSO, {"multiple_of": 4}, None),
+    (Budget(macs=0.5), HESSOCRIC, {}, 0.15),
+    (Budget(params=0.5), HESSOCRIC, {"multiple_of": 4, "max_cycles": 1}, None),
 ]
 
 
@@ -169,7 +171,7 @@ def test_a_budget_that_bits_alone_meet_removes_nothing():
 
 
 @pytest.mark.parametrize("stop", [4, 5, 8])
-@pytest.mark.parametrize("optimizer", [QASSO, HESSO])
+@pytest.mark.parametrize("optimizer", [QASSO, HESSO, HESSOCRIC])
 def test_resuming_is_bitwise_the_same(optimizer, stop):
     target = Budget(bops=0.02) if optimizer is QASSO else Budget(macs=0.5)
     model, _, run = build(target, optimizer)
@@ -187,6 +189,25 @@ def test_resuming_is_bitwise_the_same(optimizer, stop):
     train(again, resumed, STEPS - stop)
     assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), again.state_dict().values(), strict=True) if a.dim())
     assert resumed.target_groups == run.target_groups
+
+
+def test_corrected_scores_decide_what_a_budget_takes(monkeypatch):
+    """HESSO-CRIC plans twice: from the first scores which groups it examines, from the corrected ones what goes."""
+    plans = []
+    make = geta.optim.budget.BudgetTarget.make
+
+    def noted(self, scores):
+        plans.append((scores.copy(), make(self, scores)))
+        return plans[-1][1]
+
+    monkeypatch.setattr(geta.optim.budget.BudgetTarget, "make", noted)
+    model, graph, run = build(Budget(macs=0.5), HESSOCRIC)
+    train(model, run)
+    assert len(plans) == 2
+    assert (plans[0][0] != plans[1][0]).any()
+    removed = [int(gone.sum()) for gone in run.selection.values()]
+    assert removed == list(plans[1][1].removed)
+    assert costs(geta.compact(model, graph))["macs"] <= run.cost_limits["macs"]
 
 
 def test_a_checkpoint_of_another_budget_is_refused():

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import functools
+import gc
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -252,15 +254,28 @@ def analyze(
     args, kwargs = check_inputs(model, args, kwargs)
     limits = Limits.of(protect, prune, granularity)
     limits.check(model)
-    captured = capture(model, args, kwargs, dynamic_shapes=dynamic_shapes)
-    solved = analyse_capture(model, captured, exact=exact, limits=limits)
-    found = solved.propagation
-    families = restrict(build_families(found, solved.partition, model), limits)
-    families = with_gates(suggest(families, found, limits, _loosened(solved) if exact else None), captured)
-    notes = [*captured.notes, *unused_granularity(found, limits)]
-    example = Example(args, kwargs, dynamic_shapes, exact, limits)
-    known = {False: (fingerprint(model), solved)}
-    return DependencyGraph(model, families, notes, example, solved, find_branches(captured), known)
+    with _collecting_later():
+        captured = capture(model, args, kwargs, dynamic_shapes=dynamic_shapes)
+        solved = analyse_capture(model, captured, exact=exact, limits=limits)
+        found = solved.propagation
+        families = restrict(build_families(found, solved.partition, model), limits)
+        families = with_gates(suggest(families, found, limits, _loosened(solved) if exact else None), captured)
+        notes = [*captured.notes, *unused_granularity(found, limits)]
+        example = Example(args, kwargs, dynamic_shapes, exact, limits)
+        known = {False: (fingerprint(model), solved)}
+        return DependencyGraph(model, families, notes, example, solved, find_branches(captured), known)
+
+
+@contextmanager
+def _collecting_later() -> Iterator[None]:
+    """No automatic garbage collection: it would go through all that is imported, for a tenth of the time, and find next to nothing."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def _loosened(solved: Analysis) -> Partition | None:

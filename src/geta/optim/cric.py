@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 from geta import ranks
 from geta.errors import ConfigError
 from geta.optim.bank import QuantizerBank
+from geta.optim.budget import Budget, sparsity_or_budget
 from geta.optim.cycle import Cycle, CyclePlan, probe_terms, probes
 from geta.optim.groups import Graph
 from geta.optim.hesso import refuse_quantizers, without_projection
@@ -49,6 +50,8 @@ class HESSOCRIC(StructuredOptimizer):
     Scores can only be corrected by criteria that look at gradients: a magnitude never rises while its group is decayed.
 
     base, graph, sparsity, multiple_of, saliency: as in `HESSO`.
+    target:         a `geta.Budget` of costs instead of a sparsity: the first scores decide how many groups of each family are examined,
+                    the corrected ones how many go in the end.
     schedule:       a `Schedule`, or the planned number of steps. A projection stage counts as warm-up; joint_periods has no effect.
     max_cycles:     most cycles. sampling_steps: T, None = an equal part of what probe and hybrid period leave of the joint stage.
     tolerance:      cycles end when at most this many groups are left to examine.
@@ -69,7 +72,8 @@ class HESSOCRIC(StructuredOptimizer):
         base: Optimizer,
         graph: Graph,
         *,
-        sparsity: float = 0.5,
+        sparsity: float | None = None,
+        target: Budget | None = None,
         schedule: Schedule | int,
         multiple_of: int | str = 1,
         saliency: SaliencyLike = None,
@@ -86,12 +90,13 @@ class HESSOCRIC(StructuredOptimizer):
         super().__init__(
             base,
             graph,
-            sparsity=sparsity,
+            sparsity=sparsity_or_budget(sparsity, target),
             schedule=without_projection(as_schedule(schedule)),
             multiple_of=multiple_of,
             saliency=saliency,
             bank=QuantizerBank([]),
             forgetting="uniform",
+            target=target,
         )
         index, selector = self._index, self._pruner.selector
         self._probe_weight = float(probe_weight)
@@ -261,7 +266,13 @@ class HESSOCRIC(StructuredOptimizer):
             self._end_cycle()
         return value
 
+    def _adopt_plan(self) -> None:
+        super()._adopt_plan()
+        self._lowest = Lowest(self._index, self._pruner.selector)
+
     def _first_cycle(self, scores: np.ndarray) -> Cycle:
+        if self._target is not None:
+            self._plan_from(scores)
         nothing = np.zeros(self._index.num_groups, dtype=bool)
         return Cycle(1, self._pruner.selector.mark(scores, nothing, self.target_groups), nothing)
 
@@ -287,6 +298,8 @@ class HESSOCRIC(StructuredOptimizer):
             self._start_cycle(following)
             return
         mean = mean + self._probe_weight * np.repeat(self._terms_F, self._index.sizes)
+        if self._target is not None:
+            self._plan_from(mean)
         self._phase, self._k, self._origin = "hybrid", 0, None
         self._pruner.redundant = self._pruner.selector.mark(mean, np.zeros_like(following.violating), self.target_groups)
         self._pruner.refresh()

@@ -21,7 +21,8 @@ class Lowest:
     def __init__(self, index: GroupIndex, selector: Selector) -> None:
         self._family_G, self._count = index.family_of_G, selector.target
         self._first_F = torch.from_numpy(index.starts[:-1].copy()).to(index.device)
-        self._most_F = torch.tensor([counts[-1] for counts in selector.options], dtype=torch.int64, device=index.device)
+        most = [counts[-1] for counts in selector.options] if selector.counts is None else selector.counts
+        self._most_F = torch.tensor(most, dtype=torch.int64, device=index.device)
 
     def __call__(self, scores_G: Tensor) -> Tensor:
         """Flags of the K lowest [G]."""

@@ -218,8 +218,12 @@ class StructuredOptimizer(WrappingOptimizer):
         """With a budget, plan at the first marking how many groups of each family go and which bits remain."""
         if self._target is None or self._target.plan is not None:
             return
-        scores = on_host(self._pruner.scores(before)) if self._index.num_groups else np.zeros(0)
-        self._target.plan = self._target.make(scores)
+        self._plan_from(on_host(self._pruner.scores(before)) if self._index.num_groups else np.zeros(0))
+
+    def _plan_from(self, scores_G: np.ndarray) -> None:
+        """Let the budget decide from these scores, on the first rank for all of them."""
+        assert self._target is not None
+        self._target.plan = self._target.make(scores_G)
         self._target.load({key: ranks.of_first(value) for key, value in self._target.state().items()})
         self._adopt_plan()
 
