@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+import geta
 from geta.errors import BadModelError
 from geta.graph import analyze
 from geta.graph.capture import canonical_module, capture, mode_of
@@ -140,3 +141,47 @@ def test_garbage_collection_goes_on_after_a_capture_that_failed() -> None:
         assert not gc.isenabled(), "a user who has switched it off keeps it off"
     finally:
         gc.enable()
+
+
+class Collects(nn.Module):
+    """Takes its inputs by `*args` and `**kwargs`, as wrappers do, and repeats a token once per sample."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.token, self.hidden, self.out = nn.Parameter(torch.zeros(1, 1, 4)), nn.Linear(4, 8), nn.Linear(8, 2)
+
+    def forward(self, first, *rest, scale=1.0, **named):
+        x = first + sum(rest) + named.get("shift", 0.0)
+        x = torch.cat([self.token.expand(x.shape[0], -1, -1), x], 1)
+        return self.out(self.hidden(x).relu()) * scale
+
+
+@pytest.mark.parametrize(("more", "named"), [(0, ()), (2, ()), (0, ("shift",)), (1, ("shift", "unused"))])
+def test_sizes_of_collected_inputs_stay_open(more, named):
+    model = Collects().eval()
+
+    def inputs(batch):
+        tensors = [torch.randn(batch, 3, 4) for _ in range(1 + more + len(named))]
+        return tuple(tensors[: 1 + more]), dict(zip(named, tensors[1 + more :], strict=True))
+
+    graph = geta.analyze(model, *inputs(2))
+    assert graph.notes == []
+    assert "forward" not in vars(model)
+    selection = graph.random_selection(0.5)
+    small = geta.compact(model, graph, selection)
+    graph.zero_(model, selection)
+    args, kwargs = inputs(5)
+    torch.testing.assert_close(small(*args, **kwargs), model(*args, **kwargs))
+
+
+def test_a_forward_of_the_instance_is_kept():
+    model = Collects().eval()
+    own = model.forward
+
+    def replaced(*args):
+        return own(*args, scale=2.0)
+
+    model.forward = replaced
+    graph = geta.analyze(model, (torch.randn(2, 3, 4), torch.randn(2, 3, 4)))
+    assert graph.notes == []
+    assert model.forward is replaced

@@ -7,6 +7,7 @@ batch dimension is left symbolic when the model allows it, so that whatever is b
 from __future__ import annotations
 
 import contextlib
+import inspect
 import io
 import logging
 import sys
@@ -218,11 +219,51 @@ def _export_once(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     with preserved(model), _quiet(), warnings.catch_warnings(), checkpoints_inlined(), shortcuts(), without_bookkeeping():
         warnings.simplefilter("ignore")  # about tracing; those of the model itself come when the user runs it
         try:
-            if isinstance(dynamic_shapes, ShapesCollection):
-                dynamic_shapes = dynamic_shapes.dynamic_shapes(model, args, kwargs)
-            return torch.export.export(model, args, kwargs, dynamic_shapes=dynamic_shapes, strict=False)
+            with _named_inputs(model, args, kwargs):
+                if isinstance(dynamic_shapes, ShapesCollection):
+                    dynamic_shapes = dynamic_shapes.dynamic_shapes(model, args, kwargs)
+                return torch.export.export(model, args, kwargs, dynamic_shapes=dynamic_shapes, strict=False)
         except Exception as error:  # the exporter raises whatever the user's own forward raises
             raise BadModelError(f"{_failure(model, error)}. {_CHECK}, and that no Python control flow depends on tensor values") from error
+
+
+@contextlib.contextmanager
+def _named_inputs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[None]:
+    """The exporter can't open sizes of what `forward` takes by `*args` and `**kwargs`: meanwhile each of these has a name."""
+    signature = inspect.signature(model.forward)
+    named = [one for parameter in signature.parameters.values() for one in _parameters(parameter, signature, args, kwargs)]
+    if named == list(signature.parameters.values()):
+        yield
+        return
+    forward, own = model.forward, "forward" in vars(model)
+
+    def with_names(*args: Any, **kwargs: Any) -> Any:
+        return forward(*args, **kwargs)
+
+    with_names.__signature__ = inspect.Signature(named)  # type: ignore[attr-defined]
+    model.forward = with_names
+    try:
+        yield
+    finally:
+        if own:
+            model.forward = forward
+        else:
+            del model.forward
+
+
+def _parameters(
+    parameter: inspect.Parameter, signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> list[inspect.Parameter]:
+    """The parameter itself, or one for every input that it takes on this call."""
+    if parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+        return [parameter]
+    given = signature.bind(*args, **kwargs).arguments.get(parameter.name)
+    if not given:
+        return [parameter]
+    if parameter.kind is parameter.VAR_KEYWORD:
+        return [inspect.Parameter(name, parameter.KEYWORD_ONLY) for name in given]
+    names = [f"{parameter.name}_{place}" for place in range(len(given))]
+    return [inspect.Parameter(name, parameter.POSITIONAL_OR_KEYWORD, default=None) for name in names]
 
 
 def _failure(model: nn.Module, error: BaseException) -> str:
