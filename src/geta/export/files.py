@@ -19,7 +19,9 @@ import geta
 from geta.errors import CheckpointError, ConfigError
 
 FORMAT = "geta-compact-model"
-VERSION = 1
+VERSION = 2
+READABLE = (1, 2)
+"""Version 1 had no bundles of small tensors (`geta.export.bundles`), which is all that tells it apart."""
 MANIFEST, DOCUMENT, TENSORS = "manifest.json", "model.json.gz", "model.safetensors"
 _NAMES = (MANIFEST, DOCUMENT, TENSORS)
 _LARGEST_MANIFEST = 1 << 16  # bytes
@@ -87,9 +89,9 @@ def _checked_manifest(folder: Path, content: bytes) -> dict[str, dict[str, Any]]
         raise damaged from None
     if not isinstance(data, dict) or data.get("format") != FORMAT:
         raise CheckpointError(f"'{folder}' is not a compact model that geta saved: its {MANIFEST} doesn't say so")
-    if data.get("version") != VERSION:
+    if data.get("version") not in READABLE:
         raise CheckpointError(
-            f"'{folder}' has format version {data.get('version')!r}, this geta ({geta.__version__}) reads version {VERSION}: "
+            f"'{folder}' has format version {data.get('version')!r}, this geta ({geta.__version__}) reads up to version {VERSION}: "
             "use the geta that wrote it, or save it again"
         )
     data.pop("sha256", None)

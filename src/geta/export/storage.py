@@ -2,7 +2,7 @@
 
     manifest.json      format version, sizes and SHA-256 of the other two files, and of itself
     model.json.gz      graphs, names and shapes of the tensors, bit widths, what was kept
-    model.safetensors  the tensors by name; integer weights packed to their bit width, as uint8
+    model.safetensors  the tensors by name, small ones together; integer weights packed to their bit width, as uint8
 
 Saving the same model gives the same bytes, so save -> load -> save is the identity.
 """
@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from geta.errors import CheckpointError
+from geta.export.bundles import Layout, bundled, unbundled
 from geta.export.files import read_folder, write_folder
 from geta.export.graph_json import check_tensor_name, graph_from_json, graph_to_json
 from geta.export.pack import pack_bits, pack_signs, packed_bytes, unpack_bits, unpack_signs
@@ -60,7 +61,7 @@ def save(model: CompactModel, path: str | Path) -> None:
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"the model's info can't be written as JSON: {error}") from error
     stored = {name: _stored(name, tensor, records[name]) for name, tensor in tensors.items()}
-    write_folder(path, document, safetensors.torch.save(stored))
+    write_folder(path, document, safetensors.torch.save(bundled(stored)))
 
 
 def load(path: str | Path, *, custom_ops: Sequence[str] = ()) -> CompactModel:
@@ -75,9 +76,7 @@ def load(path: str | Path, *, custom_ops: Sequence[str] = ()) -> CompactModel:
     records = {check_tensor_name(name): TensorRecord.from_json(name, record) for name, record in content["tensors"].items()}
     info = info_from_json(content["info"])
     programs = {mode: _program_from_json(program, records, custom_ops) for mode, program in content["programs"].items()}
-    stored = _parsed_tensors(blob)
-    if sorted(stored) != sorted(records):
-        raise CheckpointError("the saved tensors are not those that the saved model describes: the file is damaged")
+    stored = unbundled(_parsed_tensors(blob), {name: _layout(record) for name, record in records.items()})
     tensors = {name: _restored(name, stored[name], record) for name, record in records.items()}
     try:
         return CompactModel(programs, tensors, info)
@@ -107,6 +106,14 @@ def _stored(name: str, tensor: Tensor, record: TensorRecord) -> Tensor:
         return pack_bits(tensor, record.bits, record.signed)
     # A clone: safetensors refuses tensors that share memory.
     return tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+
+
+def _layout(record: TensorRecord) -> Layout:
+    """Dtype and shape of a tensor in the file."""
+    bits = 1 if record.bits == SIGN_BITS else record.bits
+    if bits is None or record.signed is None:
+        return DTYPES[record.dtype], record.shape
+    return torch.uint8, (packed_bytes(math.prod(record.shape), bits),)
 
 
 def _restored(name: str, stored: Tensor, record: TensorRecord) -> Tensor:
