@@ -116,6 +116,28 @@ def test_results_keep_their_names(models, tmp_path):
     assert [value.name for value in onnx.load(tmp_path / "model.onnx").graph.output] == ["hidden"]
 
 
+class Conv1D(nn.Module):
+    """A linear layer as GPT-2 has it."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.randn(inputs, outputs)), nn.Parameter(torch.randn(outputs))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.addmm(self.bias, x, self.weight)
+
+
+def test_a_layer_of_another_kind_is_named(tmp_path):
+    model, x = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), Conv1D(8, 8), nn.ReLU(), nn.Linear(8, 2)).eval(), torch.randn(3, 4)
+    graph = geta.analyze(model, (x,))
+    geta.quantize(model, weights=8, activations=8, calibration=[x], exclude=(), initial_bits=8)
+    small = geta.compact(model, graph, graph.random_selection(0.5)).eval()
+    report = small.export_onnx(tmp_path / "model.onnx")
+    assert report.integer == ["0", "4"]
+    assert report.floating == {"2": "its weight is read by aten.addmm.default, which isn't written in integers"}
+    assert parity(small, [x]).largest_step <= 1.001
+
+
 class Described(nn.Module):
     """Gives what models of `transformers` give."""
 

@@ -80,3 +80,25 @@ def test_errors_leave_the_old_file(tmp_path, monkeypatch):
         model.export_pt2(path)
     assert path.read_bytes() == b"old"
     assert [file.name for file in tmp_path.iterdir()] == ["model.pt2"]
+
+
+class Scaled(nn.Module):
+    """Makes a constant on the way, as DeBERTa's attention does; capturing that leaves an in-place detach in the graph."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 8), nn.Linear(8, 2)
+
+    def forward(self, x):
+        hidden = torch.relu(self.first(x))
+        return self.second(hidden / torch.sqrt(torch.tensor(hidden.size(-1), dtype=torch.float)))
+
+
+def test_constants_that_the_model_makes(tmp_path):
+    model, x = Scaled().eval(), torch.randn(3, 4)
+    graph = geta.analyze(model, (x,))
+    geta.quantize(model, weights=8, activations=None, exclude=(), initial_bits=8)
+    small = geta.compact(model, graph, graph.random_selection(0.5)).eval()
+    small.export_pt2(tmp_path / "model.pt2")
+    (found,) = torch.export.load(tmp_path / "model.pt2").module()(x)
+    torch.testing.assert_close(found, small(x))

@@ -26,7 +26,7 @@ _aten = torch.ops.aten
 
 _TRANSPOSED = (_aten.conv_transpose1d.default, _aten.conv_transpose2d.input, _aten.conv_transpose3d.input)
 _LAYERS = (*CONVOLUTIONS, *_TRANSPOSED, _aten.linear.default)
-_WITHOUT_EFFECT = (_aten.detach.default, _aten.alias.default, _aten.lift_fresh_copy.default)
+_WITHOUT_EFFECT = (_aten.detach.default, _aten.detach_.default, _aten.alias.default, _aten.lift_fresh_copy.default)
 
 
 @dataclass

@@ -77,6 +77,9 @@ class _Lowering:
         for node in [*network.graph.nodes]:
             weight = weight_of(network, node)
             if weight is not None and node.users:
+                reader = next(iter(node.users))
+                path = str(reader.meta.get("module_path", "")) or reader.name
+                self._done.floating.setdefault(path, f"its weight is read by {reader.target}, which isn't written in integers")
                 node.replace_all_uses_with(lower_weight(network, weight, node, Form(self._uint8, integer=False)))
         drop_unused(network.graph)
         return self._done
