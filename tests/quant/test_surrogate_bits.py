@@ -76,5 +76,5 @@ def test_bits_are_whole_numbers(value: tuple[object, object]) -> None:
 
 @pytest.mark.parametrize("value", [(4,), (4, 6, 8), "48", 8.0, None])
 def test_bits_of_something_else_is_refused(value: object) -> None:
-    with pytest.raises(ConfigError, match=r"bits: .* is not a range of bit widths; write e\.g\. Bits\(4, 8\), \(4, 8\) or 8"):
+    with pytest.raises(ConfigError, match=r"bits: .* is not a range of bit widths; write e\.g\. Bits\(4, 8\), \(4, 8\), \{4, 8\} or 8"):
         Bits.of(value)  # type: ignore[arg-type]
