@@ -27,8 +27,8 @@ from torch import Tensor
 
 from geta.errors import BadModelError, ConfigError
 from geta.export.cleanup import Network, arguments, copied
-from geta.export.linears import ACTIVATIONS, Input, Linear, input_of, integer_linears, quantizer_name, values_of
-from geta.export.onnx_quant import BYTE, weight_of
+from geta.export.linears import Input, Linear, input_of, integer_linears, quantizer_name
+from geta.export.onnx_quant import ACTIVATIONS, BYTE, weight_of
 from geta.export.pack import pack_bits
 
 if TYPE_CHECKING:
@@ -148,7 +148,7 @@ def _add_weights(file: _File, networks: Sequence[Network], widths: Sequence[int]
             name = "" if weight is None else weight.name.removesuffix("_codes")
             if weight is not None and name not in done and name not in file.tensors:
                 cast = next((user for user in node.users if user.target is _aten.to.dtype), None)
-                file.tensors[name] = values_of(weight, weight.scale.dtype if cast is None else arguments(cast)["dtype"])
+                file.tensors[name] = weight.values.to(weight.scale.dtype if cast is None else arguments(cast)["dtype"])
                 file.floating.setdefault(name, others.get(name, ""))
     return packed
 

@@ -9,10 +9,9 @@ import torch
 from torch import Tensor, fx
 
 from geta.export.cleanup import Network, arguments
-from geta.export.onnx_quant import BYTE, Activation, Weight, activation_of, weight_of
+from geta.export.onnx_quant import ACTIVATIONS, BYTE, Activation, Weight, activation_of, weight_of
 from geta.quant.targets import INPUT_QUANTIZER, OUTPUT_QUANTIZER
 
-ACTIVATIONS = (torch.ops.geta.fake_quantize.default, torch.ops.geta.lsq_quantize.default)
 _aten = torch.ops.aten
 _CASTS = (_aten.to.dtype, _aten._to_copy.default)
 _READ_AS: dict[object, str] = {_aten.embedding.default: "an embedding"}
@@ -70,11 +69,6 @@ def integer_linears(network: Network) -> tuple[dict[str, Linear], dict[str, str]
         else:
             others[name] = found
     return linears, others
-
-
-def values_of(weight: Weight, dtype: torch.dtype) -> Tensor:
-    """The weight in floating point, bitwise what the graph computes."""
-    return (weight.codes.to(weight.scale.dtype) * weight.scale).add_(0.0).to(dtype)
 
 
 def _linear(name: str, weight: Weight, readers: list[tuple[fx.Node, fx.Node]]) -> Linear | str:

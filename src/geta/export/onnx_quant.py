@@ -32,6 +32,8 @@ OPSET = 21
 _MIDDLE, _TOP = 128, 255
 _SATURATING_BITS = 8
 HALF_A_BYTE, BYTE = 4, 8
+ACTIVATIONS = (torch.ops.geta.fake_quantize.default, torch.ops.geta.lsq_quantize.default)
+"""The operators of quantizers that stay in a compact model."""
 
 
 def quantize_linear(x: Tensor, scale: Tensor, zero_point: Tensor, axis: int) -> Tensor:
@@ -82,7 +84,7 @@ class Activation:
 
 def activation_of(network: Network, node: fx.Node) -> Activation | None:
     """The quantizer that a node applies, or None where it isn't one or its parameters are computed in the graph."""
-    bound = arguments(node) if node.target in (torch.ops.geta.fake_quantize.default, torch.ops.geta.lsq_quantize.default) else {}
+    bound = arguments(node) if node.target in ACTIVATIONS else {}
     names = [name for name in ("d", "q_m", "t", "scale") if name in bound]
     if not names or any(bound[name].op != "get_attr" for name in names):
         return None
@@ -149,6 +151,11 @@ class Weight:
     codes: Tensor
     scale: Tensor
     bits: int
+
+    @property
+    def values(self) -> Tensor:
+        """The weight in floating point, bitwise what the graph computes."""
+        return (self.codes.to(self.scale.dtype) * self.scale).add_(0.0)
 
 
 def weight_of(network: Network, node: object) -> Weight | None:

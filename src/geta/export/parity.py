@@ -87,12 +87,7 @@ def run_file(path: Path, leaves: Sequence[Any]) -> list[Tensor]:
 
 def runner(path: Path, threads: int = 1) -> Callable[[Sequence[Any]], list[Any]]:
     """An ONNX file in ONNX Runtime on the CPU, as a function of flattened inputs; its results are numpy arrays."""
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.log_severity_level = 3
-    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    session = opened(str(path), threads)
     names = [one.name for one in session.get_inputs()]
 
     def call(leaves: Sequence[Any]) -> list[Any]:
@@ -101,6 +96,16 @@ def runner(path: Path, threads: int = 1) -> Callable[[Sequence[Any]], list[Any]]
         return results
 
     return call
+
+
+def opened(model: str | bytes, threads: int) -> Any:
+    """An ONNX file, by its path or its contents, in ONNX Runtime on the CPU."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 3
+    return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 
 
 def _forced(network: Network, leaves: Sequence[Any], codes: Mapping[str, Tensor]) -> tuple[list[Any], dict[str, float], int]:

@@ -13,19 +13,18 @@ import torch
 from torch import Tensor, fx
 
 from geta.export.cleanup import Network, arguments
-from geta.export.onnx_quant import BYTE, HALF_A_BYTE, signed_power, weight_of
+from geta.export.onnx_quant import ACTIVATIONS, BYTE, HALF_A_BYTE, signed_power, weight_of
 from geta.quant.fixed_ops import effective_scale, has_no_zero
 from geta.quant.ops import prepared
 from geta.subnet.integers import drop_unused
 
 _aten = torch.ops.aten
-_ACTIVATIONS = (torch.ops.geta.fake_quantize.default, torch.ops.geta.lsq_quantize.default)
 
 
 def lower_plain(network: Network, *, packed: bool) -> None:
     """Replace every operator of this library, in place. packed: keep weights as integers; otherwise they become floats."""
     for node in [*network.graph.nodes]:
-        if node.target in _ACTIVATIONS:
+        if node.target in ACTIVATIONS:
             lower_plain_activation(network, node)
         elif weight_of(network, node) is not None:
             _swap(network, node, _weight(network, node, packed=packed))
@@ -34,7 +33,7 @@ def lower_plain(network: Network, *, packed: bool) -> None:
 
 def lower_plain_activation(network: Network, node: fx.Node) -> fx.Node:
     """Replace one quantizer of activations; returns the node that has its values now."""
-    return _swap(network, node, (_learned if node.target is _ACTIVATIONS[0] else _fixed)(network, node))
+    return _swap(network, node, (_learned if node.target is ACTIVATIONS[0] else _fixed)(network, node))
 
 
 def _swap(network: Network, node: fx.Node, new: fx.Node) -> fx.Node:
@@ -88,7 +87,7 @@ def _weight(network: Network, node: fx.Node, *, packed: bool) -> fx.Node:
     with graph.inserting_before(node):
         scale = network.add(f"{weight.name}.scale", weight.scale)
         if not packed:
-            return network.add(f"{weight.name}.float", (weight.codes.to(weight.scale.dtype) * weight.scale).add_(0.0))
+            return network.add(f"{weight.name}.float", weight.values)
         if weight.bits > HALF_A_BYTE or weight.codes.dtype.itemsize > 1:
             codes = graph.call_function(_aten.to.dtype, (network.add(f"{weight.name}.codes", weight.codes), weight.scale.dtype))
             return _times(graph, codes, scale)

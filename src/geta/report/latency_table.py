@@ -38,7 +38,7 @@ from geta.quant import quantizers
 from geta.quant.ops import step_size
 from geta.report.latency import interleaved
 from geta.report.layer_calls import Call, eager_call, empty_call, onnx_call
-from geta.report.runtimes import at_batch, has_dot_products
+from geta.report.runtimes import at_batch, has_dot_products, torch_threads
 from geta.subnet.compact import compact
 from geta.subnet.model import CompactModel
 
@@ -76,7 +76,7 @@ def measure_layers(
     _check_model(graph.model, precision)
     size = _example_batch(graph) if batch is None else batch
     found = network_layers(graph, size)
-    with tempfile.TemporaryDirectory() as folder, _threads(threads):
+    with tempfile.TemporaryDirectory() as folder, torch_threads(threads):
         networks = _networks(graph, runtime, precision, size, threads=threads, folder=Path(folder))
         points = _points(found.layers, networks.integer)
         calls = {**networks.calls, "empty": empty_call(threads) if runtime == "onnx" else _nothing}
@@ -124,7 +124,7 @@ def check_prediction(small: CompactModel, graph: DependencyGraph, table: Latency
     costs = cost_model(graph, table)
     removed = [sizes[name] - len(small.info.kept[name]) for name in costs.families]
     predicted = costs.evaluate(removed, np.zeros(len(costs.quantizers)))[LATENCY]
-    with tempfile.TemporaryDirectory() as folder, _threads(table.threads):
+    with tempfile.TemporaryDirectory() as folder, torch_threads(table.threads):
         inputs = at_batch(small.flattened(graph.example.args, graph.example.kwargs), table.batch)
         call, _ = _whole(small, table.runtime, table.precision, inputs, threads=table.threads, path=Path(folder) / "small.onnx")
         measured = interleaved({"network": call}, rounds, burst=_BURST)["network"].median
@@ -273,16 +273,6 @@ def _final_widths(model: nn.Module) -> Iterator[None]:
         with torch.no_grad():
             for quantizer, d in before:
                 quantizer.d.copy_(d)
-
-
-@contextmanager
-def _threads(number: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(number)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _machine(runtime: str) -> dict[str, str]:

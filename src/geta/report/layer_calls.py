@@ -10,6 +10,7 @@ import torch
 
 from geta.cost.layers import LayerShape
 from geta.export.onnx_quant import OPSET
+from geta.export.parity import opened
 from geta.report.runtimes import has_dot_products
 
 _IR_VERSION = 10
@@ -54,12 +55,7 @@ def empty_call(threads: int) -> Call:
 
 
 def _session(model: bytes, threads: int) -> Call:
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.log_severity_level = 3
-    session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    session = opened(model, threads)
     generator = np.random.default_rng(0)
     feeds = {}
     for one in session.get_inputs():

@@ -5,7 +5,8 @@ from __future__ import annotations
 import importlib.util
 import platform
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -84,9 +85,7 @@ def measure(
         networks["dense"] = _Network("dense", _Flat(dense.eval(), compact), None, given, folder, threads)
     calls: dict[str, Callable[[Sequence[Any]], object]] = {}
     missing: dict[str, str] = {}
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
+    with torch_threads(threads):
         for side, network in networks.items():
             for words, build in _candidates(network.compact, runtimes).items():
                 name = f"{side}, {words}"
@@ -100,9 +99,18 @@ def measure(
         for batch in batches:
             inputs = at_batch(given, batch)
             found[batch] = interleaved({name: lambda call=call, inputs=inputs: call(inputs) for name, call in calls.items()}, rounds)  # type: ignore[misc]
+    return Measured(found, missing)
+
+
+@contextmanager
+def torch_threads(number: int) -> Iterator[None]:
+    """PyTorch with so many threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    try:
+        yield
     finally:
         torch.set_num_threads(before)
-    return Measured(found, missing)
 
 
 class _Flat(nn.Module):
