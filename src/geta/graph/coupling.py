@@ -89,10 +89,15 @@ def _signatures(found: Propagation, partition: Partition) -> np.ndarray:
             touch(partition.root[owner.start : owner.start + owner.size], number)
     mark = len(found.space.owners)
     known: set[bytes] = set()  # a tensor that touches what another one touches keeps nothing apart that isn't yet
+    seen: set[bytes] = set()  # most tensors have the very labels of another one; told before anything is sorted
     for value in found.values.values():
         for leaf in value if isinstance(value, (tuple, list)) else (value,):
             for track in leaf.tracks if isinstance(leaf, Value) else ():
-                classes = np.unique(partition.root[squeezed(track.labels).numpy()])
+                roots = partition.root[squeezed(track.labels).numpy()]
+                if (content := roots.tobytes()) in seen:
+                    continue
+                seen.add(content)
+                classes = np.unique(roots)
                 if len(classes) > 1 and classes.tobytes() not in known:
                     known.add(classes.tobytes())
                     mark += 1

@@ -92,16 +92,19 @@ def varying(code: torch.Tensor) -> tuple[int, ...]:
 
 def compress(code: torch.Tensor) -> torch.Tensor:
     """The same track with stride 0 along every dimension where it does not vary."""
-    small = squeezed(code).numpy()
+    whole = small = squeezed(code).numpy()
     for dim in range(small.ndim if small.size else 0):
         if small.shape[dim] > 1 and not _varies(small, dim):
             small = small[(slice(None),) * dim + (slice(0, 1),)]
-    return torch.from_numpy(small).expand(code.shape)
+    return code if small is whole else torch.from_numpy(small).expand(code.shape)
 
 
 def _varies(array: np.ndarray, dim: int) -> bool:
-    """Whether any line along `dim` holds two values; a look at the first line usually tells."""
-    corner = array[(0,) * dim + (slice(None),) + (0,) * (array.ndim - dim - 1)]
+    """Whether any line along `dim` holds two values; the ends of the first line, or all of it, usually tell."""
+    before, behind = (0,) * dim, (0,) * (array.ndim - dim - 1)
+    if array.item(0) != array[(*before, -1, *behind)]:
+        return True
+    corner = array[(*before, slice(None), *behind)]
     if (corner != corner[0]).any():
         return True
     return bool((array != array[(slice(None),) * dim + (slice(0, 1),)]).any())

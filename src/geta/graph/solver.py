@@ -103,6 +103,7 @@ class Solver:
         self._numbers: dict[tuple[Any, ...], tuple[int, torch.Tensor]] = {}  # by memory: number of the content, and who owns the memory
         self._contents: dict[tuple[Any, ...], int] = {}
         self._canonical: dict[int, torch.Tensor] = {}  # by number of the content, under the present partition
+        self._removable: dict[int, tuple[np.ndarray, torch.Tensor]] = {}  # the same without what stays; and the staying it was found for
         self._soft = np.zeros(size, dtype=np.int32)  # the same for reasons that exact=False overrides
 
     def solve(self) -> Partition:
@@ -255,9 +256,15 @@ class Solver:
         if len(varying(code)) < 2:
             return code
         stays, firm = self._staying()
+        number = self._number(labels)
+        known = self._removable.get(number)
+        if known is not None and known[0] is stays:
+            return known[1]
         small = squeezed(code)
         self._swayed |= bool((stays & ~firm)[small.numpy()].any())
-        return compress(torch.where(torch.from_numpy(stays[small.numpy()]), FIXED, small).expand(code.shape))
+        found = compress(torch.where(torch.from_numpy(stays[small.numpy()]), FIXED, small).expand(code.shape))
+        self._removable[number] = stays, found
+        return found
 
     def _staying(self) -> tuple[np.ndarray, np.ndarray]:
         """Groups with a reason to stay, and those with a firm one; counted anew after every merge and every round of freezes."""
@@ -308,7 +315,7 @@ class Solver:
         touched: set[int] = set()
         found = False
         tracks = self._constraints.ragged + [labels for item in self._constraints.aligned for _, labels in item.tracks]
-        frozen = set(self._by_root(self._reason))
+        frozen = set(np.unique(self._root[np.flatnonzero(self._reason)]).tolist())
         freezes: list[tuple[Freeze, set[int]]] | None = None
         for labels in tracks:
             code = self._canonical_removable(labels)
@@ -346,10 +353,10 @@ class Solver:
         local = local.reshape(rows.shape)
         edges = (np.repeat(local[:, 0], rows.shape[1] - 1), local[:, 1:].reshape(-1))
         matrix = coo_matrix((np.ones(len(edges[0]), dtype=np.int8), edges), shape=(len(involved),) * 2)
-        count, component = connected_components(matrix, directed=False)
+        _, component = connected_components(matrix, directed=False)
         trial = self._root.copy()
         mapping = np.arange(len(trial))
-        mapping[involved] = involved[np.array([np.argmax(component == part) for part in range(count)])[component]]
+        mapping[involved] = involved[np.unique(component, return_index=True)[1][component]]
         trial = mapping[trial]
         stuck = {*mapping[self._root[np.flatnonzero(self._reason)]].tolist(), int(mapping[FIXED])}
         mine = set(involved.tolist())

@@ -57,8 +57,21 @@ def moves_as(ctx: Context) -> Value:
 def _run(ctx: Context, name: str, track: Track) -> Track:
     arguments = {key: track.code if key == name else value for key, value in ctx.arguments.items()}
     if ctx.op in ("view", "_unsafe_view", "_reshape_alias"):  # labels are laid out in memory differently than the data
-        return Track(track.code.reshape(ctx["size"]), track.origins)
+        return Track(_reshaped(track.code, ctx["size"]), track.origins)
     return Track(call(ctx.node.target, arguments), track.origins)
+
+
+def _reshaped(code: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
+    """`code.reshape(size)`, without writing out a leading dimension along which nothing varies and that the view leaves alone."""
+    same = next((dim for dim, (old, new) in enumerate(zip(code.shape, size, strict=False)) if old != new), 0)
+    flat = [dim for dim in range(same) if code.stride(dim) == 0 and code.shape[dim] > 1]
+    if not flat:
+        return code.reshape(tuple(size))
+    small = code
+    for dim in flat:
+        small = small.narrow(dim, 0, 1)
+    wanted = [1 if dim in flat else number for dim, number in enumerate(size)]
+    return small.reshape(wanted).expand([*code.shape[:same], *[-1] * (len(size) - same)])
 
 
 def call(target: Any, arguments: dict[str, Any]) -> Any:
