@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ import onnxruntime
 import pytest
 import torch
 from torch import nn
+from transformers import Conv1D
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 import export_nets
@@ -116,26 +118,56 @@ def test_results_keep_their_names(models, tmp_path):
     assert [value.name for value in onnx.load(tmp_path / "model.onnx").graph.output] == ["hidden"]
 
 
-class Conv1D(nn.Module):
-    """A linear layer as GPT-2 has it."""
+class Product(nn.Module):
+    """A layer that multiplies with a matrix in its own way."""
 
-    def __init__(self, inputs: int, outputs: int) -> None:
+    def __init__(self, multiply: Callable[..., torch.Tensor], *sizes: int) -> None:
         super().__init__()
-        self.weight, self.bias = nn.Parameter(torch.randn(inputs, outputs)), nn.Parameter(torch.randn(outputs))
+        self.multiply = multiply
+        self.weight, self.bias = nn.Parameter(torch.randn(sizes) / 2), nn.Parameter(torch.randn(8))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.addmm(self.bias, x, self.weight)
+        return self.multiply(x, self.weight, self.bias)
 
 
-def test_a_layer_of_another_kind_is_named(tmp_path):
-    model, x = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), Conv1D(8, 8), nn.ReLU(), nn.Linear(8, 2)).eval(), torch.randn(3, 4)
+INTEGER_PRODUCTS = ("QGemm", "MatMulIntegerToFloat", "QLinearMatMul")
+PRODUCTS = {
+    "as in GPT-2": (None, (8, 6)),
+    "addmm": (lambda x, w, b: torch.addmm(b, x.view(-1, 6), w).view(*x.shape[:-1], 8), (6, 8)),
+    "addmm with numbers": (lambda x, w, b: torch.addmm(b, x.view(-1, 6), w, alpha=2).view(*x.shape[:-1], 8), (6, 8)),
+    "matmul, turned, as in Falcon": (lambda x, w, b: x @ w.T + b, (8, 6)),
+    "matmul": (lambda x, w, b: torch.matmul(x, w) + b, (6, 8)),
+    "mm": (lambda x, w, b: torch.mm(x.flatten(0, 1), w.transpose(0, 1)).view(*x.shape[:-1], 8), (8, 6)),
+    "einsum": (lambda x, w, b: torch.einsum("btk,nk->btn", x, w) + b, (8, 6)),
+}
+IN_FLOATS = {"addmm with numbers": "aten.addmm.default", "einsum": "aten.einsum.default"}
+
+
+@pytest.mark.parametrize(
+    ("kind", "granularity"), [*((kind, "tensor") for kind in PRODUCTS), ("as in GPT-2", "channel"), ("matmul", "channel")]
+)
+def test_products_of_every_kind_run_in_integers_or_are_named(kind, granularity, tmp_path):
+    multiply, sizes = PRODUCTS[kind]
+    torch.manual_seed(0)
+    layer = Conv1D(*sizes) if multiply is None else Product(multiply, *sizes)
+    model, x = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), layer, nn.ReLU(), nn.Linear(8, 2)).eval(), torch.randn(3, 5, 4)
     graph = geta.analyze(model, (x,))
-    geta.quantize(model, weights=8, activations=8, calibration=[x], exclude=(), initial_bits=8)
+    geta.quantize(model, weights=8, activations=8, calibration=[x], exclude=(), initial_bits=8, granularity=granularity)
     small = geta.compact(model, graph, graph.random_selection(0.5)).eval()
     report = small.export_onnx(tmp_path / "model.onnx")
-    assert report.integer == ["0", "4"]
-    assert report.floating == {"2": "its weight is read by aten.addmm.default, which isn't written in integers"}
-    assert parity(small, [x]).largest_step <= 1.001
+    if kind in IN_FLOATS:
+        assert report.integer == ["0", "4"]
+        assert report.floating == {"2": f"its weight is read by {IN_FLOATS[kind]}, which isn't written in integers"}
+    elif sizes == (6, 8) and granularity == "channel":  # the first dimension of an unknown layer's weight is taken for its outputs
+        assert (report.integer, report.floating) == (["0", "4"], {"2": "its weight has one scale per input channel"})
+    else:
+        assert (report.integer, report.floating) == (["0", "2", "4"], {})
+        operators = optimized(tmp_path / "model.onnx", tmp_path)
+        assert sum(operators[name] for name in INTEGER_PRODUCTS) == 3, operators
+        assert operators["MatMul"] == operators["Gemm"] == 0
+    found = parity(small, [x])
+    assert found.largest_step <= 1.001
+    assert found.output < 1e-4
 
 
 class Described(nn.Module):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, fx
@@ -13,6 +13,7 @@ from geta.export.onnx_quant import ACTIVATIONS, BYTE, Activation, Weight, activa
 from geta.quant.targets import INPUT_QUANTIZER, OUTPUT_QUANTIZER
 
 _aten = torch.ops.aten
+_PRODUCTS = (_aten.linear.default, _aten.addmm.default, _aten.mm.default, _aten.matmul.default)
 _CASTS = (_aten.to.dtype, _aten._to_copy.default)
 _READ_AS: dict[object, str] = {_aten.embedding.default: "an embedding"}
 
@@ -49,6 +50,45 @@ class Input:
     def parameters(self) -> tuple[str, ...]:
         """Names of the tensors that it reads."""
         return tuple(str(read.target) for read in self.node.all_input_nodes if read.op == "get_attr")
+
+
+@dataclass(frozen=True)
+class Product:
+    """x W^T + b, however a graph writes it. weight: [O, I], None where an `aten.linear` reads another kind of weight."""
+
+    input: fx.Node
+    weight: Weight | None
+    bias: fx.Node | None
+
+
+def product_of(network: Network, node: fx.Node) -> Product | None:
+    """A node as a product with a weight: `linear`; or `addmm`, `mm` or `matmul` with an integer weight, transposed or not."""
+    bound = arguments(node) if node.target in _PRODUCTS else {}
+    if node.target is _aten.linear.default:
+        return Product(bound["input"], weight_of(network, bound["weight"]), bound["bias"])
+    if not bound or bound.get("alpha", 1) != 1 or bound.get("beta", 1) != 1:
+        return None
+    second, turned = bound.get("mat2", bound.get("other")), False
+    while isinstance(second, fx.Node) and _turns(second):
+        second, turned = second.args[0], not turned
+    weight = weight_of(network, second)
+    if weight is None or weight.codes.dim() != 2:
+        return None
+    if not turned:
+        weight = replace(weight, codes=weight.codes.T, scale=weight.scale.T if weight.scale.dim() == 2 else weight.scale)
+    addmm = node.target is _aten.addmm.default
+    return Product(bound["mat1"] if addmm else bound["self"], weight, bound["self"] if addmm else None)
+
+
+def _turns(node: fx.Node) -> bool:
+    """Whether a node exchanges the two dimensions of a matrix."""
+    if node.target in (_aten.t.default, _aten.numpy_T.default):
+        return True
+    bound = arguments(node) if node.target in (_aten.transpose.int, _aten.permute.default) else {}
+    dims = bound.get("dims", [bound.get("dim0"), bound.get("dim1")])
+    return (
+        bool(bound) and len(dims) == 2 and {dim % 2 for dim in dims} == {0, 1} and (node.target is _aten.transpose.int or dims[0] % 2 == 1)
+    )
 
 
 def integer_linears(network: Network) -> tuple[dict[str, Linear], dict[str, str]]:

@@ -23,11 +23,13 @@ from geta.export.onnx_quant import (
     lower_weight,
     weight_of,
 )
+from geta.export.linears import Product, product_of
 from geta.export.plain import lower_plain_activation
 from geta.quant.results import CONVOLUTIONS, RELUS
 from geta.subnet.integers import drop_unused
 
 _aten = torch.ops.aten
+_VIEWS = (_aten.view.default, _aten.reshape.default, _aten._unsafe_view.default, _aten.flatten.using_ints, _aten.unsqueeze.default)
 
 
 @dataclass
@@ -64,8 +66,9 @@ class _Lowering:
     def run(self) -> Lowered:
         network = self._network
         for node in [*network.graph.nodes]:
-            if node.target is _aten.linear.default:
-                self._linear(node)
+            product = product_of(network, node)
+            if product is not None:
+                self._product(node, product)
             elif node.target in CONVOLUTIONS:
                 self._convolution(node)
             elif node.target is _aten.embedding.default:
@@ -74,6 +77,7 @@ class _Lowering:
             name = node.name
             new = lower_activation(network, node, found) if node in self._around else lower_plain_activation(network, node)
             self._done.activations[name] = new
+        drop_unused(network.graph)  # transpositions of weights that are stored transposed now
         for node in [*network.graph.nodes]:
             weight = weight_of(network, node)
             if weight is not None and node.users:
@@ -84,18 +88,19 @@ class _Lowering:
         drop_unused(network.graph)
         return self._done
 
-    def _linear(self, node: fx.Node) -> None:
+    def _product(self, node: fx.Node, product: Product) -> None:
         """x W^T + b as a product with W^T stored, so that no transposition stands between the integers and the product."""
-        bound, graph = arguments(node), self._network.graph
-        weight, bias = weight_of(self._network, bound["weight"]), bound["bias"]
-        integer = self._judged(node, weight, bound["input"], "")
+        weight, source, graph = product.weight, self._source(product.input), self._network.graph
+        integer = self._judged(node, weight, source, "")
         if weight is None:
             return
         values = lower_weight(self._network, weight, node, Form(self._uint8, integer, order=(1, 0)))
         with graph.inserting_before(node):
-            new = graph.call_function(_aten.matmul.default, (bound["input"], values))
-        if bias is not None:
-            new = self._plus_bias(new, bias, weight, node) if integer else self._before(node, _aten.add.Tensor, new, bias)
+            new = graph.call_function(_aten.matmul.default, (product.input, values))
+        if product.bias is not None and integer:
+            new = self._plus_bias(new, product.bias, weight, source, node)
+        elif product.bias is not None:
+            new = self._before(node, _aten.add.Tensor, new, product.bias)
         new.meta = dict(node.meta)
         node.replace_all_uses_with(new)
         graph.erase_node(node)
@@ -112,7 +117,13 @@ class _Lowering:
             return
         self._around.update(ends)
         if bias is not None:
-            set_bias(node, self._integer_bias(bias, weight, node))
+            set_bias(node, self._integer_bias(bias, weight, bound["input"], node))
+
+    def _source(self, node: fx.Node) -> fx.Node:
+        """Where the entries of a layer's input come from: runtimes move a quantizer of one scale behind a view by themselves."""
+        while node.target in _VIEWS and self._quantizers.get(node) is None:
+            node = node.args[0]
+        return node
 
     def _judged(self, node: fx.Node, weight: Weight | None, source: fx.Node, ends: str) -> bool:
         """Whether integer kernels can run a layer; noted, with the reason if they can't."""
@@ -120,6 +131,8 @@ class _Lowering:
         reasons = []
         if weight is None or weight.bits > BYTE:
             reasons.append("its weight isn't quantized" if weight is None else f"its weight has {weight.bits} bits")
+        elif weight.scale.numel() > 1 and weight.scale.shape[0] == 1:
+            reasons.append("its weight has one scale per input channel")
         found = self._quantizers.get(source)
         if found is None or not found.as_bytes:
             reasons.append(
@@ -142,25 +155,24 @@ class _Lowering:
         good = all(reader in self._quantizers and self._quantizers[reader].as_bytes for reader in readers)
         return readers if good else []
 
-    def _plus_bias(self, product: fx.Node, bias: fx.Node, weight: Weight, node: fx.Node) -> fx.Node:
+    def _plus_bias(self, product: fx.Node, bias: fx.Node, weight: Weight, source: fx.Node, node: fx.Node) -> fx.Node:
         """Integer kernels add a bias in units of the product's integers; where those are coarse, an exact one is added afterwards.
 
         It is subtracted with the other sign, since runtimes take an addition behind a product as a part of it, and then compute in floats.
         """
-        source = self._quantizers[arguments(node)["input"]]
-        if bias.op != "get_attr":
+        if bias.op != "get_attr" or self._network.read(bias).dim() != 1:
             return self._before(node, _aten.add.Tensor, product, bias)
-        if bias_is_fine(self._network, bias, source.scale, weight):
-            return self._before(node, _aten.add.Tensor, product, self._integer_bias(bias, weight, node))
+        if bias_is_fine(self._network, bias, self._quantizers[source].scale, weight):
+            return self._before(node, _aten.add.Tensor, product, self._integer_bias(bias, weight, source, node))
         with self._network.graph.inserting_before(node):
             minus = self._network.add(f"{bias.target}.minus", -self._network.read(bias))
         return self._before(node, _aten.sub.Tensor, product, minus)
 
-    def _integer_bias(self, bias: fx.Node, weight: Weight, node: fx.Node) -> fx.Node:
+    def _integer_bias(self, bias: fx.Node, weight: Weight, source: fx.Node, node: fx.Node) -> fx.Node:
         per_output = weight.scale.numel() == 1 or weight.scale.shape[0] == weight.scale.numel()
         if bias.op != "get_attr" or not per_output:
             return bias
-        return integer_bias(self._network, bias, self._quantizers[arguments(node)["input"]].scale, weight, node)
+        return integer_bias(self._network, bias, self._quantizers[source].scale, weight, node)
 
     def _before(self, node: fx.Node, operator: Any, *args: fx.Node) -> fx.Node:
         with self._network.graph.inserting_before(node):
