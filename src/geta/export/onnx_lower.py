@@ -9,6 +9,7 @@ import torch
 from torch import fx
 
 from geta.export.cleanup import Network, arguments, set_bias
+from geta.export.linears import Product, product_of
 from geta.export.onnx_quant import (
     BYTE,
     HALF_A_BYTE,
@@ -23,7 +24,6 @@ from geta.export.onnx_quant import (
     lower_weight,
     weight_of,
 )
-from geta.export.linears import Product, product_of
 from geta.export.plain import lower_plain_activation
 from geta.quant.results import CONVOLUTIONS, RELUS
 from geta.subnet.integers import drop_unused
@@ -121,8 +121,8 @@ class _Lowering:
 
     def _source(self, node: fx.Node) -> fx.Node:
         """Where the entries of a layer's input come from: runtimes move a quantizer of one scale behind a view by themselves."""
-        while node.target in _VIEWS and self._quantizers.get(node) is None:
-            node = node.args[0]
+        while node.target in _VIEWS:
+            node = arguments(node)["self"]
         return node
 
     def _judged(self, node: fx.Node, weight: Weight | None, source: fx.Node, ends: str) -> bool:

@@ -102,9 +102,10 @@ def compress(code: torch.Tensor) -> torch.Tensor:
 def _varies(array: np.ndarray, dim: int) -> bool:
     """Whether any line along `dim` holds two values; the ends of the first line, or all of it, usually tell."""
     before, behind = (0,) * dim, (0,) * (array.ndim - dim - 1)
-    if array.item(0) != array[(*before, -1, *behind)]:
+    if array.item(0) != array.item(*before, -1, *behind):
         return True
-    corner = array[(*before, slice(None), *behind)]
+    line: tuple[int | slice, ...] = (*before, slice(None), *behind)
+    corner = array[line]
     if (corner != corner[0]).any():
         return True
     return bool((array != array[(slice(None),) * dim + (slice(0, 1),)]).any())
