@@ -29,7 +29,7 @@ from geta.report.runtimes import has_dot_products, measure
 
 from .facts import RESULTS, machine, recorded, table, versions, written
 
-SPARSITY, BITS, MULTIPLE = 0.5, 8, 8
+SPARSITY, BITS, PROFILE = 0.5, 8, "cpu"
 _SEED = 0
 _DENSE, _PRUNED, _WHOLE, _BOTH = "dense", "pruned", "quantized", "compact"
 _COLUMNS = (
@@ -174,7 +174,7 @@ def _compact(
         geta.quantize(model, weights=bits, activations=bits, calibration=[dict(inputs)], exclude=(), results_of=graph)
         for quantizer in quantizers(model).values():
             quantizer.round_bits_()
-    selection = _selection(graph, sparsity)
+    selection = graph.random_selection(sparsity, seed=_SEED, multiple_of=PROFILE)
     graph.zero_(model, selection)
     small = geta.compact(model, graph, selection).eval()
     with tempfile.TemporaryDirectory() as folder:
@@ -185,13 +185,6 @@ def _compact(
     bits_sum = sum(tensor.numel() * widths.get(name, 8 * tensor.element_size()) for name, tensor in tensors.items())
     share = small.cost.relative_to(geta.cost(dense, kwargs=inputs))["macs"]
     return small, {"disk": disk, "bits": bits_sum // 8}, share
-
-
-def _selection(graph: geta.DependencyGraph, sparsity: float) -> dict[str, Tensor]:
-    """Random groups; what is kept of each family is aligned, but for heads, of which one is many channels."""
-    aligned = graph.random_selection(sparsity, seed=_SEED, multiple_of=MULTIPLE)
-    free = graph.random_selection(sparsity, seed=_SEED)
-    return {family.name: (free if family.unit == "heads" else aligned)[family.name] for family in graph.prunable_families}
 
 
 def render(net: Net, record: Mapping[str, Any]) -> list[list[str]]:
@@ -233,7 +226,8 @@ def main() -> None:
     dots = "with" if has_dot_products() else "without"
     software = versions("torch", "onnxruntime", "transformers", "geta")
     facts = f"{software}; {machine()}, {dots} integer dot products; {options.threads} thread(s)."
-    what = f"{SPARSITY:.0%} of the groups removed at random, multiples of {MULTIPLE} channels kept, weights and activations of {BITS} bits."
+    multiple = geta.device_profile(PROFILE).multiple_of
+    what = f"{SPARSITY:.0%} of the groups removed at random, multiples of {multiple} channels kept, weights and activations of {BITS} bits."
     written("latency", ["# Latency of compact networks", "", facts, what, "", *table(_HEADER, rows)], options.out)
 
 

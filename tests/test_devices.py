@@ -71,6 +71,58 @@ def test_every_place_that_takes_a_multiple_takes_a_profile():
             optimizer(torch.optim.SGD(model.parameters(), lr=0.1), graph, multiple_of="nvidia", **settings)
 
 
+class Attention(nn.Module):
+    """Six heads of eight channels with a bias for each, and an MLP."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.out = nn.Linear(48, 144), nn.Linear(48, 48)
+        self.bias = nn.Parameter(torch.zeros(6, 1, 1))
+        self.up, self.down = nn.Linear(48, 40), nn.Linear(40, 48)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = self.qkv(x).view(*x.shape[:-1], 3, 6, 8).permute(2, 0, 3, 1, 4)
+        weights = (q @ k.transpose(-1, -2) + self.bias).softmax(-1)
+        x = x + self.out((weights @ v).transpose(1, 2).flatten(-2))
+        return x + self.down(self.up(x).relu())
+
+
+def test_a_profile_counts_channels_and_a_number_counts_groups():
+    graph = geta.analyze(Attention(), (torch.randn(2, 5, 48),))
+    heads, neurons = sorted(graph.prunable_families, key=lambda family: family.size)
+    assert (heads.unit, heads.size, heads.channels) == ("heads", 6, 8)
+    assert (neurons.size, neurons.channels) == (40, 1)
+    kept = {name: int((~remove).sum()) for name, remove in graph.random_selection(0.5, multiple_of="cpu").items()}
+    assert kept == {heads.name: 3, neurons.name: 24}  # 3 heads have 24 channels
+    kept = {name: int((~remove).sum()) for name, remove in graph.random_selection(0.5, multiple_of="avx512-vnni").items()}
+    assert kept == {heads.name: 4, neurons.name: 32}
+    kept = {name: int((~remove).sum()) for name, remove in graph.random_selection(0.5, multiple_of=8).items()}
+    assert kept == {heads.name: 6, neurons.name: 24}
+
+
+@pytest.mark.parametrize("multiple_of", ["cpu", "avx512-vnni", 8])
+def test_optimizers_count_as_the_selection_does(multiple_of):
+    model = Attention()
+    graph = geta.analyze(model, (torch.randn(2, 5, 48),))
+    settings = {"sparsity": 0.9, "schedule": geta.Schedule(20, warmup=0.0, projection=0.0), "multiple_of": multiple_of}
+    optimizer = geta.HESSO(torch.optim.SGD(model.parameters(), lr=0.01), graph, **settings)
+    kept = {"cpu": {"heads": 1, "neurons": 8}, "avx512-vnni": {"heads": 2, "neurons": 16}, 8: {"heads": 6, "neurons": 8}}[multiple_of]
+    assert optimizer.target_groups == 46 - sum(kept.values())
+    for _ in range(20):
+        optimizer.zero_grad()
+        model(torch.randn(2, 5, 48)).square().mean().backward()
+        optimizer.step()
+    small = geta.compact(model, graph)
+    sizes = {family.unit: len(small.info.kept[family.name]) for family in graph.prunable_families}
+    assert sorted(sizes.values()) == sorted(kept.values())
+    others = {"cpu", "avx512-vnni", 8} - {multiple_of}
+    state = optimizer.state_dict()
+    for other in others:
+        wrong = geta.HESSO(torch.optim.SGD(model.parameters(), lr=0.01), graph, **{**settings, "multiple_of": other})
+        with pytest.raises(geta.errors.CheckpointError, match="resume with the same settings"):
+            wrong.load_state_dict(state)
+
+
 def test_the_compressor_takes_a_profile():
     x = torch.randn(2, 6)
     compressor = geta.Compressor(network(), (x,), sparsity=0.6, multiple_of="nvidia-int8")

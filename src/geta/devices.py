@@ -7,6 +7,7 @@ geta.QASSO(base, graph, multiple_of="avx512-vnni", ...)
 from __future__ import annotations
 
 import difflib
+import math
 from dataclasses import dataclass
 
 from geta.errors import ConfigError
@@ -16,7 +17,7 @@ from geta.errors import ConfigError
 class DeviceProfile:
     """How a network should look so that one kind of hardware runs it well.
 
-    multiple_of:     how many groups (channels) a family should keep a multiple of.
+    multiple_of:     what number of channels a layer should keep a multiple of.
     weight_bits, activation_bits: the widths whose codes the integer kernels of this hardware multiply; narrower ones are stored in the
                      next of these.
     uint8_weights:   what `CompactModel.export_onnx(uint8_weights=...)` should be: True where products of uint8 and int8 may overflow.
@@ -93,13 +94,16 @@ def device_profile(name: str) -> DeviceProfile:
     return found
 
 
-def resolve_multiple(multiple_of: int | str) -> int:
-    """The number that `multiple_of` stands for: itself, or that of the device profile of this name.
+def resolve_multiple(multiple_of: int | str, channels: int = 1) -> int:
+    """How many groups a family keeps a multiple of: the number itself, or what gives the multiple of channels of this device profile.
+
+    channels: of a group, see `Family.channels`. Heads of 64 channels are aligned to 16 channels however many are kept.
 
     Raises ConfigError for an unknown name and for what is no whole number of at least 1.
     """
     if isinstance(multiple_of, str):
-        return device_profile(multiple_of).multiple_of
+        wanted = device_profile(multiple_of).multiple_of
+        return wanted // math.gcd(wanted, channels)
     if not isinstance(multiple_of, int) or isinstance(multiple_of, bool) or multiple_of < 1:
         raise ConfigError(f"multiple_of is {multiple_of!r}: it must be a whole number, at least 1, or the name of a device profile")
     return multiple_of

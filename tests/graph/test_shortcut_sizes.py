@@ -81,6 +81,19 @@ def test_concatenations():
         assert fast == slow, (x.shape, x.stride(), dim)
 
 
+def test_concatenations_with_the_symbolic_size_anywhere():
+    for seed in range(40):
+
+        def call(x: Tensor, seed: int = seed) -> Tensor:
+            rng = random.Random(seed)
+            y = x.permute(rng.sample(range(x.dim()), x.dim()))
+            y = y.contiguous() if rng.random() < 0.7 else y
+            return _aten.cat.default([y, y.relu(), y] if rng.random() < 0.8 else [y], rng.randrange(x.dim()))
+
+        fast, slow = both(call, laid_out(random.Random(seed)))
+        assert fast == slow, seed
+
+
 @pytest.mark.parametrize("operator", [_aten.mean.dim, _aten.sum.dim_IntList, _aten.amax.default, _aten.amin.default], ids=str)
 def test_reductions(operator):
     rng = random.Random(13)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from unittest import mock
 
 import pytest
 import torch
@@ -74,6 +75,61 @@ def test_views(operator):
         assert fast == slow, (x.shape, x.stride(), given)
         good += isinstance(fast, list)
     assert good > 15
+
+
+def regrouped(rng: random.Random, shape: list) -> list:
+    """The sizes with some neighbours joined, some split, and perhaps one left to be found out."""
+    sizes: list = []
+    for size in shape:
+        if sizes and rng.random() < 0.4:
+            sizes[-1] = sizes[-1] * size
+        elif isinstance(size, int) and size > 1 and rng.random() < 0.5:
+            sizes += factors(rng, size)
+        else:
+            sizes.append(size)
+    if rng.random() < 0.2:
+        sizes.insert(rng.randint(0, len(sizes)), 1)
+    if sizes and rng.random() < 0.3:
+        sizes[rng.randrange(len(sizes))] = -1
+    return sizes
+
+
+def test_views_with_the_symbolic_size_anywhere():
+    good = 0
+    for seed in range(120):
+
+        def call(x: Tensor, seed: int = seed) -> Tensor:
+            rng = random.Random(seed)
+            y = x.permute(rng.sample(range(x.dim()), x.dim()))
+            if rng.random() < 0.6:
+                y = y.contiguous()
+            for _ in range(2):
+                y = _aten.view.default(y, regrouped(rng, list(y.shape)))
+                if rng.random() < 0.3 and y.dim() > 1:
+                    y = y.transpose(0, 1)
+            return y
+
+        x = laid_out(random.Random(seed))
+        fast, slow = both(call, x)
+        assert fast == slow, (seed, x.shape, x.stride())
+        good += isinstance(fast, list)
+    assert good > 60
+
+
+def test_views_of_a_sequence_first_batch_need_no_reference():
+    """The shapes that `nn.MultiheadAttention` and recurrent layers make."""
+    x = torch.randn(4, 7, 6)
+
+    def call(x: Tensor) -> Tensor:
+        steps_first = x.transpose(0, 1).contiguous()
+        heads = _aten.view.default(_aten.view.default(steps_first, [7, x.shape[0], 2, 3]), [7, x.shape[0] * 2, 3]).transpose(0, 1)
+        parts = _aten.view.default(heads, [x.shape[0], 2, 7, 3])
+        return _aten.view.default(_aten.view.default(parts, [x.shape[0] * 2, 7, 3]).transpose(0, 1), [7, x.shape[0], 6])
+
+    with mock.patch("geta.graph.shortcuts._slowly", side_effect=AssertionError("went PyTorch's own way")):
+        fast, slow = both(call, x)
+    assert fast == slow
+    assert isinstance(fast, list)
 
 
 @pytest.mark.parametrize("memory_format", [None, torch.preserve_format, torch.contiguous_format, torch.channels_last])

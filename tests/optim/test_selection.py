@@ -46,6 +46,22 @@ def test_every_run_lands_on_an_aligned_exact_count(sizes, multiple_of, sparsity,
 
 
 @settings(max_examples=100, deadline=None)
+@given(
+    st.lists(st.tuples(st.integers(1, 60), st.sampled_from([1, 2, 3, 8, 24, 64])), min_size=1, max_size=5),
+    st.floats(0, 0.99),
+    st.integers(1, 4),
+)
+def test_a_profile_aligns_the_channels_of_every_family(families, sparsity, periods):
+    sizes, channels = [size for size, _ in families], [each for _, each in families]
+    selector = Selector(sizes, int(sparsity * sum(sizes)), "avx512-vnni", channels)
+    pruned = run_periods(selector, np.random.default_rng(0), sum(sizes), periods)
+    assert pruned.sum() == selector.target
+    for size, each, mine in zip(sizes, channels, np.split(pruned, np.cumsum(sizes)[:-1]), strict=True):
+        kept = size - int(mine.sum())
+        assert kept == size or (kept > 0 and kept * each % 16 == 0)
+
+
+@settings(max_examples=100, deadline=None)
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=4), st.integers(1, 5), st.data())
 def test_the_target_is_the_nearest_feasible_count(sizes, multiple_of, data):
     wanted = data.draw(st.integers(0, sum(sizes)))

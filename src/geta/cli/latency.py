@@ -35,7 +35,8 @@ def latency_command(
     from geta.report.latency_families import family_savings, savings_table
     from geta.report.latency_table import measure_layers
 
-    multiple = resolve_multiple(int(multiple_of) if multiple_of.lstrip("-").isdecimal() else multiple_of)
+    multiple = int(multiple_of) if multiple_of.lstrip("-").isdecimal() else multiple_of
+    resolve_multiple(multiple)
     if table is not None:
         prepare_folder(table.parent)
     found = resolve_target(target, None if input_shape is None else parse_shape(input_shape))

@@ -117,15 +117,17 @@ class DependencyGraph:
     def random_selection(self, sparsity: float = 0.5, seed: int = 0, multiple_of: int | str = 1) -> dict[str, torch.Tensor]:
         """Remove a random share of every prunable family: {family name: BoolTensor[n], True = remove}.
 
-        The number kept is a multiple of `multiple_of` (or the whole family) and never zero; it may name a `geta.device_profile`.
+        The number kept is a multiple of `multiple_of` (or the whole family) and never zero. The name of a `geta.device_profile` instead
+        of a number aligns channels: of heads with 64 channels each any number is a multiple of 16 channels.
         """
         if not 0 <= sparsity < 1:
             raise ConfigError(f"sparsity is {sparsity}; it must be at least 0 and below 1")
-        multiple = resolve_multiple(multiple_of)
+        resolve_multiple(multiple_of)
         generator = torch.Generator(device="cpu").manual_seed(seed)
         selection = {}
         for family in self.prunable_families:
             kept = max(1, family.size - int(sparsity * family.size))
+            multiple = resolve_multiple(multiple_of, family.channels)
             kept = min(-(-kept // multiple) * multiple, family.size)
             order = torch.randperm(family.size, generator=generator, device="cpu")
             remove = torch.zeros(family.size, dtype=torch.bool, device="cpu")

@@ -5,6 +5,7 @@ Legend: `n` groups of a family, `m` indices of one group along one parameter dim
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -58,6 +59,17 @@ class Family:
     inexact: str = ""
     suggestion: str = ""
     gated: frozenset[str] = frozenset()
+
+    @property
+    def channels(self) -> int:
+        """What number of channels (rows or columns of a weight) every group has a multiple of in all its layers.
+
+        Of heads, 1 only where all members say so: what has one row per head (a bias, a table of scores) is no layer's width.
+        """
+        rows = {int(member.index.shape[1]) for member in self.members}
+        if self.unit in ("heads", "key-value groups"):
+            rows -= {1}
+        return math.gcd(*rows) or 1
 
     def summary(self) -> dict[str, Any]:
         """All but the members, as plain data."""

@@ -116,7 +116,7 @@ def squeezed(code: torch.Tensor) -> torch.Tensor:
     strides = code.stride()
     if 0 not in strides:
         return code
-    sizes = [1 if stride == 0 else size for size, stride in zip(code.shape, strides, strict=True)]
+    sizes = [1 if stride == 0 and size > 1 else size for size, stride in zip(code.shape, strides, strict=True)]
     return code.as_strided(sizes, strides, code.storage_offset())
 
 

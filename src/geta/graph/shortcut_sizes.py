@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from geta.graph.shortcut_views import Size, all_same, axis_of, contiguous, is_contiguous, plain, same
+from geta.graph.shortcut_views import Size, all_same, axis_of, contiguous, is_contiguous, lies_in_order, plain, same
 
 _aten = torch.ops.aten
 
@@ -52,7 +52,7 @@ def convolution(x: Tensor, weight: Tensor, bias: Tensor | None, *how: Any) -> li
 
 def cat(tensors: Sequence[Tensor], dim: int = 0) -> list[Size] | None:
     axis = axis_of(tensors[0], dim)
-    if axis is None or not all(is_contiguous(tensor) and tensor.dim() == tensors[0].dim() for tensor in tensors):
+    if axis is None or not all(lies_in_order(tensor) and tensor.dim() == tensors[0].dim() for tensor in tensors):
         return None
     shapes = [list(tensor.shape) for tensor in tensors]
     joined = [shape.pop(axis) for shape in shapes]

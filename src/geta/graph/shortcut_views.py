@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -59,60 +59,92 @@ def axis_of(x: Tensor, dim: int) -> int | None:
 
 
 def view(x: Tensor, sizes: Sequence[Size]) -> Layout | None:
-    """The first size may be symbolic, before and after; where it is another one afterwards, `x` has to be contiguous."""
-    if x.dim() == 0 or not sizes or contiguous(x.shape) is None:
-        return None
-    inner, found = math.prod(x.shape[1:]), list(sizes)
+    """One size may be symbolic, wherever it stands, before and after."""
+    found = list(sizes)
     unknown = [dim for dim, size in enumerate(found) if plain(size) and size == -1]
-    if len(unknown) > 1 or not all(plain(size) and size != 0 for size in found[1:]):
+    if (
+        x.dim() == 0
+        or not found
+        or len(unknown) > 1
+        or not _one_symbol(x.shape)
+        or not _one_symbol(size for dim, size in enumerate(found) if dim not in unknown)
+    ):
         return None
-    known = math.prod(size for size in found[1:] if size != -1)
-    if unknown == [0]:
-        if inner % known:
+    if unknown:
+        missing = _missing(x.shape, [size for dim, size in enumerate(found) if dim != unknown[0]])
+        if missing is None or not (plain(missing) or unknown == [0]):
             return None
-        found[0] = x.shape[0] if inner == known else x.shape[0] * (inner // known)
-    elif unknown:
-        if not same(found[0], x.shape[0]) or inner % known:
-            return None
-        found[unknown[0]] = inner // known
-    elif not _as_many(x.shape[0], inner, found[0], known):
-        return None
-    if is_contiguous(x):
-        strides = contiguous(found)
-        return None if strides is None else (found, strides, x.storage_offset())
-    inner_strides = _regrouped(x.shape[1:], x.stride()[1:], found[1:]) if same(found[0], x.shape[0]) else None
-    return None if inner_strides is None else (found, [x.stride(0), *inner_strides], x.storage_offset())
+        found[unknown[0]] = missing
+    batch_first = not plain(x.shape[0]) and same(found[0], x.shape[0]) and all(map(plain, x.stride()[1:]))
+    if not batch_first and any(map(_is_one, (*x.shape, *found))) and not lies_in_order(x):
+        return None  # strides along one element are of no account, and PyTorch's depend on how it got there
+    strides = _regrouped(x.shape, x.stride(), found)
+    return None if strides is None else (found, strides, x.storage_offset())
 
 
-def _regrouped(sizes: Sequence[int], strides: Sequence[Size], wanted: Sequence[int]) -> list[int] | None:
+def _one_symbol(sizes: Iterable[Size]) -> bool:
+    """Whether all sizes are above zero and at most one of them is symbolic."""
+    symbolic = 0
+    for size in sizes:
+        if not plain(size):
+            symbolic += 1
+        elif size <= 0:
+            return False
+    return symbolic <= 1
+
+
+def _missing(shape: Sequence[Size], others: Sequence[Size]) -> Size | None:
+    """The size that together with the others makes as many elements as `shape` has; None where that isn't a whole number for sure."""
+    symbolic = [next((size for size in sizes if not plain(size)), None) for sizes in (shape, others)]
+    total, known = (math.prod(size for size in sizes if plain(size)) for sizes in (shape, others))
+    if symbolic[1] is not None:
+        return total // known if symbolic[0] is not None and same(*symbolic) and total % known == 0 else None
+    if total % known:
+        return None
+    return total // known if symbolic[0] is None else _times(symbolic[0], total // known)
+
+
+def lies_in_order(x: Tensor) -> bool:
+    """Whether it surely is contiguous, wherever the symbolic size stands."""
+    expected: Size = 1
+    for size, stride in zip(reversed(x.shape), reversed(x.stride()), strict=True):
+        if not same(stride, expected):
+            return False
+        expected = _times(expected, size)
+    return True
+
+
+def _times(one: Size, two: Size) -> Size:
+    if plain(one) and one == 1:
+        return two
+    return one if plain(two) and two == 1 else one * two
+
+
+def _regrouped(sizes: Sequence[Size], strides: Sequence[Size], wanted: Sequence[Size]) -> list[Size] | None:
     """Strides of a view with the sizes `wanted`; None where neighbouring dimensions that don't lie together would have to be joined."""
-    if not all(plain(stride) for stride in strides) or math.prod(sizes) != math.prod(wanted):
-        return None
-    found: list[int] = []
+    found: list[Size] = []
     place = len(wanted) - 1
     end = len(sizes) - 1
     while end >= 0:
         first, count = end, sizes[end]
-        while first > 0 and (sizes[first - 1] == 1 or strides[first - 1] == strides[end] * count):
+        while first > 0 and (_is_one(sizes[first - 1]) or same(strides[first - 1], _times(strides[end], count))):
             first -= 1
-            count *= sizes[first]
+            count = _times(sizes[first], count)
         step, taken = strides[end], 1
-        while place >= 0 and (taken < count or wanted[place] == 1):
-            found.insert(0, step * taken)
-            taken *= wanted[place]
+        while place >= 0 and (not same(taken, count) or _is_one(wanted[place])):
+            if plain(taken) and plain(count) and taken > count:
+                return None
+            found.append(_times(step, taken))
+            taken = _times(wanted[place], taken)
             place -= 1
-        if taken != count:
+        if not same(taken, count):
             return None
         end = first - 1
-    return found if place < 0 else None
+    return found[::-1] if place < 0 else None
 
 
-def _as_many(one: Size, by: int, two: Size, other: int) -> bool:
-    """Whether one * by == two * other, surely."""
-    if plain(one) and plain(two):
-        return bool(one * by == two * other)
-    expressions = [size.node.expr if isinstance(size, SymInt) else size for size in (one, two)]
-    return bool(expressions[0] * by == expressions[1] * other)
+def _is_one(size: Size) -> bool:
+    return plain(size) and bool(size == 1)
 
 
 def permute(x: Tensor, dims: Sequence[int]) -> Layout | None:

@@ -31,7 +31,7 @@ class Compressor:
     weight_bits:     bit widths of the weights: (4, 8) is a range, {4, 8} allows these two alone, 8 is exactly that; None = not quantized.
     activation_bits: the same for activations; needs `calibration`, an iterable of real batches.
     end_bits:        other bit widths for the first and last layers (`geta.end_layers`), often 8; None = as the rest.
-    multiple_of:     every family keeps a multiple of this many groups; or the name of a `geta.device_profile`.
+    multiple_of:     every family keeps a multiple of this many groups; or the name of a `geta.device_profile`: of its many channels.
     surrogate, granularity, exclude: as in `geta.quantize`. exact, dynamic_shapes, protect, prune: as in `geta.analyze`.
 
     Raises whatever `geta.analyze` and `geta.quantize` raise; ConfigError when the settings leave nothing to do.
@@ -63,7 +63,7 @@ class Compressor:
             raise ConfigError("give exactly one of sparsity=... (a share of the groups) and target=geta.Budget(...) (costs)")
         if sparsity is not None and not 0.0 <= sparsity < 1.0:
             raise ConfigError(f"sparsity = {sparsity}: it is the share of the groups to remove, from 0 to below 1")
-        multiple = resolve_multiple(multiple_of)
+        resolve_multiple(multiple_of)
         quantized = weight_bits is not None or activation_bits is not None
         if not quantized and sparsity == 0.0:
             raise ConfigError("sparsity = 0 and no bit widths: nothing would become smaller; set sparsity, weight_bits or activation_bits")
@@ -77,7 +77,7 @@ class Compressor:
         self.graph: DependencyGraph = analyze(model, args, kwargs, exact=exact, dynamic_shapes=dynamic_shapes, protect=protect, prune=prune)
         self._sparsity = sparsity
         self._target = target
-        self._multiple_of = multiple
+        self._multiple_of = multiple_of
         self._optimizer: QASSO | None = None
         if quantized:
             excluded: Any = {} if exclude is None else {"exclude": exclude}

@@ -143,7 +143,7 @@ class BudgetTarget:
         numbers = {name: number for number, name in enumerate(self.model.families)}
         self._family = [numbers[family.name] for family in index.families]
         self._place = {name: number for number, name in enumerate(self.model.quantizers)}
-        self._check_feasible(selector.multiple_of)
+        self._check_feasible(selector.largest)
 
     def make(self, scores_G: np.ndarray) -> Plan:
         """Plan from the scores of all groups and the weights as they are now."""

@@ -36,7 +36,7 @@ class HESSO(StructuredOptimizer):
     target:      a `geta.Budget` of costs instead: the joint stage's first step decides how many groups each family loses.
     schedule:    a `Schedule`, or the planned number of steps. There is nothing to project, so that a projection stage counts
                  as warm-up.
-    multiple_of: each family keeps a multiple of this many groups, or all; or the name of a `geta.device_profile`.
+    multiple_of: each family keeps a multiple of this many groups, or all; or the name of a `geta.device_profile`: of so many channels.
     saliency:    see `geta.optim.saliency.Saliency`.
 
     Raises ConfigError for impossible settings, and for a model with quantizers, whose bit widths only `QASSO` keeps in range.

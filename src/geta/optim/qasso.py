@@ -52,7 +52,7 @@ class QASSO(StructuredOptimizer):
     weight_bits, activation_bits: bit widths that replace those stored in the model's quantizers; None keeps those. (b_l, b_u) is a range;
                      {4, 8} allows these two alone: the last period before the cool-down brings each quantizer to the nearer one.
     schedule:        a `Schedule`, or the planned number of steps.
-    multiple_of:     each family keeps a multiple of this many groups, or all; or the name of a `geta.device_profile`.
+    multiple_of:     each family keeps a multiple of this many groups, or all; or the name of a `geta.device_profile`: of so many channels.
     saliency:        see `geta.optim.saliency.Saliency`.
     quant_lr:        learning rate of d, q_m and t (their group's `lr`, weight decay 0).
     forgetting:      "descent" (as published), "uniform", "cosine" or "blend", see `geta.optim.forget`.

@@ -1,6 +1,7 @@
 """Which groups become redundant: exactly K of them in the end, hardware alignment kept, no family emptied.
 
-With `multiple_of = m` the number of groups kept in each family is a multiple of m, or the whole family. At each period the
+With `multiple_of = m` the number of groups kept in each family is a multiple of m, or the whole family; with the name of a device profile
+m differs per family, so that what is kept is a multiple of the profile's number of channels. At each period the
 cheapest complete plan for the final K is made (cost = sum of scores, already pruned groups stay pruned), and its lowest-scored
 groups are marked until the running total is reached. So the last period always lands on an aligned, exactly counted result.
 
@@ -23,8 +24,8 @@ _FIRST_WINDOW = 64
 class Selector:
     """Chooses redundant groups.
 
-    sizes: groups per family. wanted: K as the user asked for. multiple_of: m, or the name of a device
-    profile that has it.
+    sizes: groups per family. wanted: K as the user asked for. multiple_of: m, or the name of a device profile whose multiple of
+    channels is kept. channels: of a group, per family (None: 1). multiples: m per family.
     target: the K that will be met: the feasible count nearest to `wanted`, the smaller one of two equally near.
     note: in words, when `target` differs from `wanted`; otherwise "".
     counts: how many groups each family loses in the end, when that is fixed (`fix`); else None.
@@ -32,16 +33,26 @@ class Selector:
 
     counts: list[int] | None = None
 
-    def __init__(self, sizes: Sequence[int], wanted: int, multiple_of: int | str = 1) -> None:
-        multiple_of = self.multiple_of = resolve_multiple(multiple_of)
+    def __init__(self, sizes: Sequence[int], wanted: int, multiple_of: int | str = 1, channels: Sequence[int] | None = None) -> None:
+        resolve_multiple(multiple_of)
+        self.multiples = [resolve_multiple(multiple_of, each) for each in (channels or [1] * len(sizes))]
         self.starts = np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)]).astype(np.int64)
-        self.options = [removable_counts(size, multiple_of) for size in sizes]
+        self.options = [removable_counts(size, multiple) for size, multiple in zip(sizes, self.multiples, strict=True)]
         self.target = nearest_feasible(self.options, wanted)
         self.note = ""
         if self.target != wanted:
-            rule = "no family may be emptied" if multiple_of == 1 else f"every family keeps a multiple of {multiple_of} groups or all"
+            rule = "no family may be emptied" if self.largest == 1 else f"every family keeps a multiple of {self._words()} groups or all"
             total = int(self.starts[-1])
             self.note = f"{wanted} of {total} groups were to be removed; {self.target} is the nearest possible, because {rule}"
+
+    @property
+    def largest(self) -> int:
+        """The largest m of a family."""
+        return max(self.multiples, default=1)
+
+    def _words(self) -> str:
+        lowest = min(self.multiples)
+        return str(lowest) if lowest == self.largest else f"{lowest} to {self.largest} (see Family.channels)"
 
     def fix(self, counts: Sequence[int] | None) -> None:
         """Fix how many groups each family loses in the end; None: nothing is removed for now."""
@@ -70,11 +81,11 @@ class Selector:
         if self.counts is not None:
             final = zip(ranked, self.counts, done, strict=True)
             return np.concatenate([np.zeros(0, np.int64), *(ids[: count - have] for ids, count, have in final)])
-        if self.multiple_of == 1:
+        if self.largest == 1:
             candidates = np.concatenate([np.zeros(0, np.int64), *(ids[: len(step)] for ids, step in zip(ranked, steps, strict=True))])
             return candidates[np.lexsort((candidates, scores[candidates]))][:needed]
         costs = [np.concatenate([[0.0], np.cumsum(scores[ids])]) for ids in ranked]
-        counts = _cheapest_counts(steps, costs, needed, self.multiple_of, stuck=self._misaligned(done))
+        counts = _cheapest_counts(steps, costs, needed, self.largest, stuck=self._misaligned(done))
         return np.concatenate([np.zeros(0, np.int64), *(ids[:count] for ids, count in zip(ranked, counts, strict=True))])
 
     def _ranked(self, scores: np.ndarray, pruned: np.ndarray, family: int) -> np.ndarray:

@@ -62,7 +62,7 @@ class StructuredOptimizer(WrappingOptimizer):
         wanted = int(sparsity * self._index.num_groups)
         if sparsity > 0.0 and not self._index.num_groups:
             refuse_unprunable(graph, sparsity)
-        selector = Selector(self._index.sizes, wanted, multiple_of)
+        selector = Selector(self._index.sizes, wanted, multiple_of, [family.channels for family in self._index.families])
         if (selector.target or target) and not schedule.joint_steps:
             what = "a budget is to be met" if target else f"{selector.target} groups are to be removed"
             raise ConfigError(f"{what}, but the schedule has no joint stage: give schedule.joint > 0")
@@ -330,7 +330,7 @@ class StructuredOptimizer(WrappingOptimizer):
             "families": {family.name: family.size for family in self._index.families},
             "target_groups": self.target_groups if self._target is None else None,
             "target": None if self._target is None else self._target.budget.to_dict(),
-            "multiple_of": self._pruner.selector.multiple_of,
+            "multiple_of": multiples[0] if len(set(multiples := self._pruner.selector.multiples)) == 1 else multiples,
             "observers": dict.fromkeys(self._pruner.saliency.observers, self._pruner.saliency.window),
         }
 

@@ -45,16 +45,17 @@ class FamilySaving:
 def family_savings(graph: DependencyGraph, table: LatencyTable, *, multiple_of: int | str = 1) -> list[FamilySaving]:
     """What every prunable family saves, the largest saving at half of its groups first; equal ones in the order of the graph.
 
-    multiple_of: what stays of a family is rounded up to a multiple of this, or all of it; or the name of a `geta.device_profile`.
+    multiple_of: what stays of a family is rounded up to a multiple of this, or all of it; or the name of a `geta.device_profile`, whose
+                 multiple is of channels.
     Raises ConfigError when the table was measured for another network.
     """
-    multiple = resolve_multiple(multiple_of)
+    resolve_multiple(multiple_of)
     costs = cost_model(graph, table)
     bits = np.full(len(costs.quantizers), 8.0)
     whole = costs.evaluate(np.zeros(len(costs.families), dtype=np.int64), bits)
     found = []
     for number, family in enumerate(graph.prunable_families):
-        less = []
+        less, multiple = [], resolve_multiple(multiple_of, family.channels)
         for share in SHARES:
             removed = np.zeros(len(costs.families), dtype=np.int64)
             kept = max(1, family.size - int(share * family.size))
