@@ -53,6 +53,30 @@ def test_a_step_size_below_zero_comes_back_into_its_range(forgetting: Forgetting
     optimizer.check()
 
 
+@pytest.mark.parametrize("nonlinear", [True, False])
+@pytest.mark.parametrize("stage", ["warm-up", "projection", "joint", "cool-down"])
+def test_a_range_at_most_halves_or_doubles_in_a_step(stage: str, nonlinear: bool) -> None:
+    """A range of 0.05 with a gradient of 200, as deep networks have at their start, went to nothing in one step, and its layer with it."""
+    model, graph = net()
+    quantize(model, weights=Bits(4, 8), activations=None, nonlinear=nonlinear, exclude=())
+    schedule = Schedule(20, warmup=0.25, projection=0.25, joint=0.25)
+    optimizer = QASSO(torch.optim.SGD(model.parameters(), lr=0.01), graph, sparsity=0.5, schedule=schedule, quant_lr=1.0)
+    for step in range(20):
+        optimizer.zero_grad()
+        x, y = batch(step)
+        F.cross_entropy(model(x), y).backward()
+        now, before = optimizer.stage, {name: float(quantizer.q_m.detach()) for name, quantizer in quantizers(model).items()}
+        for place, (name, quantizer) in enumerate(quantizers(model).items()):
+            steep = (1e6, -1e6, 1e-3 * before[name])[place % 3]
+            quantizer.q_m.grad = torch.full_like(quantizer.q_m, steep if now == stage else 0.0)
+        optimizer.step()
+        for place, (name, quantizer) in enumerate(quantizers(model).items()):
+            if now == stage and not schedule.is_period_start(step):  # where ranges are tightened first
+                factor = float(quantizer.q_m.detach()) / before[name]
+                assert factor == pytest.approx((0.5, 2.0, 0.999)[place % 3], rel=1e-6)
+    optimizer.check()
+
+
 def test_bits_of_layers_that_lose_groups_go_straight_to_what_the_rule_says() -> None:
     """Whatever the base optimizer wants: what it adds on the way would have to be taken back in the last few steps."""
     torch.manual_seed(0)

@@ -22,6 +22,9 @@ from geta.quant.bits import Bits, allowed_widths, nearest
 from geta.quant.ops import Q_M_DOMAIN, T_DOMAIN, bit_width, step_size
 from geta.quant.quantizer import Quantizer
 
+LARGEST_FACTOR = 2.0
+"""By which a range may grow or shrink in one step."""
+
 
 class Steps(NamedTuple):
     """Copies of the parameters of all quantizers, each flat [E]."""
@@ -85,9 +88,19 @@ class QuantizerBank:
         start = sum(self._numels[:layer])
         return flat_E[start : start + self._numels[layer]].view_as(self._d[layer])
 
-    def guard_(self) -> None:
-        """Clamp q_m and t into the domain in which values and gradients are finite."""
-        self._stacks[1].clamp_(*Q_M_DOMAIN)
+    def ranges(self) -> Tensor:
+        """q_m, copied [E]."""
+        return self._stacks[1].read() if self.quantizers else torch.zeros(0)
+
+    def guard_(self, before_E: Tensor) -> None:
+        """Clamp q_m and t into the domain in which values and gradients are finite; in one step q_m at most doubles or halves.
+
+        before_E: q_m before the step. Without the second rule a single steep gradient takes a range of 0.05 to nothing; the norm behind
+        the layer then amplifies what is left of it, and the gradients a million times.
+        """
+        stack = self._stacks[1]
+        q_m = torch.minimum(torch.maximum(stack.read(), before_E / LARGEST_FACTOR), before_E * LARGEST_FACTOR)
+        stack.write_(q_m.clamp_(*Q_M_DOMAIN))
         self._free_t.clamp_(*T_DOMAIN)
 
     def tighten_(self, weights: Mapping[int, Tensor]) -> None:

@@ -60,7 +60,7 @@ class QASSO(StructuredOptimizer):
                      The loss has no gradient to a range that nothing reaches, so without it weight decay leaves codes unused.
 
     Raises ConfigError for impossible settings. Source: GETA (arXiv 2502.16638) section 5.
-    Deviation: ranges are tightened (see `tighten`).
+    Deviation: ranges are tightened (see `tighten`), and at most double or halve in one step (see `QuantizerBank.guard_`).
     Deviation: bit widths lie in [b_l, schedule.initial_bits] during warm-up as well, because a step size outside makes a layer's
     output zero; a frozen parameter of a redundant group is forgotten with delta = 0.
     """
@@ -130,11 +130,13 @@ class QASSO(StructuredOptimizer):
         marking = joint and self.schedule.joint_at(self._step).k == 0
         before = self._pruner.snapshot(everything=marking) if joint else {}
         steps = self._bank.read() if joint and len(self._bank) else None
+        ranges = self._bank.ranges() if steps is None else steps.q_m
         loss = self._call_base(closure)
         with torch.no_grad():
             self._pruner.enforce_()
             ruled = self._joint(before, steps) if joint else None
             if len(self._bank):
+                self._bank.guard_(ranges)
                 self._constrain_bits(stage, ruled, steps)
         self._advance()
         return loss
@@ -203,9 +205,8 @@ class QASSO(StructuredOptimizer):
         return ratio, owners, waiting
 
     def _constrain_bits(self, stage: Stage, ruled: tuple[Tensor, Tensor, Tensor] | None, before: Steps | None) -> None:
-        """Keep q_m and t in their domain, project d (cool-down: d follows the integer bits). before: the bank before the base's step."""
+        """Project d (cool-down: d follows the integer bits). before: the bank before the base's step."""
         bank = self._bank
-        bank.guard_()
         now = bank.read()
         if stage != "cool-down":
             if ruled is not None and before is not None:
