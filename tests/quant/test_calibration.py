@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterator
 
@@ -178,3 +179,26 @@ def test_useless_calibration_warns() -> None:
 def test_impossible_settings_are_named(key: str, value: float) -> None:
     with pytest.raises(ConfigError, match=f"^{key}: {value} is"):
         quantize(small(), exclude=(), calibration=[torch.randn(2, 6)], **{key: value})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("seen", [False, True])
+@pytest.mark.parametrize("training", [False, True])
+def test_norms_that_have_seen_nothing_use_the_batchs_statistics(seen: bool, training: bool) -> None:
+    """Means of zero and variances of one, which nobody measured, made inputs grow from layer to layer."""
+    torch.manual_seed(0)
+    model = nn.Sequential(*(layer for _ in range(8) for layer in (nn.Linear(6, 6), nn.BatchNorm1d(6), nn.ReLU())), nn.Linear(6, 3))
+    x = torch.randn(64, 6)
+    with torch.no_grad():
+        for layer in model[::3]:
+            layer.weight.mul_(20.0)  # type: ignore[union-attr,operator]
+    if seen:
+        torch.optim.swa_utils.update_bn([x], model)
+    model.train(training)
+    reference = copy.deepcopy(model).train(not seen)
+    last = reference[:-1](x).detach().abs().amax()
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    quantizer = input_quantizers(model, calibration=[x], percentile=100.0)["24:input"]
+    assert float(quantizer.q_m.detach()) == pytest.approx(float(last), rel=1e-5)  # type: ignore[attr-defined]
+    assert float(last) < 10
+    assert all(torch.equal(buffer, before[name]) for name, buffer in model.named_buffers())
+    assert all(module.training is training for name, module in model.named_modules() if "quantizer" not in name)

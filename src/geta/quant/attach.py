@@ -87,7 +87,8 @@ def quantize(  # noqa: PLR0913 - the fixed public interface, keywords only
     exclude:      `fnmatch` patterns over whole module paths; a matched module, all inside it and all weights that it shares with
                   other modules stay as they are.
     calibration:  iterable of real batches for the activations' ranges; a tensor is passed as model(x), a tuple or list as
-                  model(*batch), a dict as model(**batch). At most `calibration_batches` are used.
+                  model(*batch), a dict as model(**batch). At most `calibration_batches` are used. The model is in eval mode meanwhile,
+                  but for batch norms whose running statistics have seen nothing yet, which use the batch's.
     percentile:   the range is the mean over batches of this percentile of |x|; 100 = the largest |x| seen. Inputs that were never
                   negative get unsigned codes.
     nonlinear:    learn the exponent t too; otherwise it stays 1.

@@ -150,7 +150,9 @@ def calibrate(
     """Run up to `limit` batches through the model and return {"<module path>:input": range}, with `results` "<module path>:output" too.
 
     The model runs in eval mode without gradients; its modes and buffers are put back afterwards, also after an error. A layer whose
-    data inputs are integers (an embedding) has no range. With several ranks (`geta.ranks`) all of them call this, each with its own
+    data inputs are integers (an embedding) has no range. Norms whose running statistics have seen nothing yet use those of the batch, as
+    they will in training: with mean 0 and variance 1 in their place the inputs of a deep network's last layers were 10^10 times too large.
+    With several ranks (`geta.ranks`) all of them call this, each with its own
     batches, and find the same. Raises ConfigError for unusable batches and for a layer that none reaches.
     """
     probes = {f"{layer.path}:input": layer.module for layer in layers} | {f"{layer.path}:output": layer.module for layer in results}
@@ -237,9 +239,17 @@ def _refuse_unseen(observers: Mapping[str, RangeObserver], count: int) -> None:
         )
 
 
+def _has_seen_nothing(norm: nn.modules.batchnorm._NormBase) -> bool:
+    """Whether running statistics are as they were made. Ranks may have different numbers of batches, so nothing waits for others here."""
+    mean, variance, batches = norm.running_mean, norm.running_var, norm.num_batches_tracked
+    if mean is None or variance is None or isinstance(norm, nn.SyncBatchNorm) or (batches is not None and bool(batches)):
+        return False
+    return not bool(mean.any()) and bool((variance == 1).all())
+
+
 @contextmanager
 def _unchanged(model: nn.Module) -> Iterator[None]:
-    """Eval mode inside; every module's mode and every buffer as before outside."""
+    """Eval mode inside, but for norms without statistics; every module's mode and every buffer as before outside."""
     modes = [(module, module.training) for module in model.modules()]
     buffers = [
         (module, name, buffer, None if buffer is None else buffer.clone())
@@ -247,6 +257,9 @@ def _unchanged(model: nn.Module) -> Iterator[None]:
         for name, buffer in module._buffers.items()
     ]
     model.eval()
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._NormBase) and _has_seen_nothing(module):
+            module.training = True
     try:
         yield
     finally:
