@@ -117,3 +117,31 @@ def test_quantizer_parameters_are_updated_in_one_go(base: Any, expected: dict[st
     others, mine = optimizer.param_groups[0], optimizer.param_groups[-1]
     assert {key: mine[key] for key in expected} == expected
     assert all(others[key] == optimizer.defaults[key] for key in ("foreach", "fused") if key in optimizer.defaults)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("nonlinear", [False, True])
+def test_constraining_in_one_pass_gives_the_same_bits(dtype: torch.dtype, nonlinear: bool) -> None:
+    torch.manual_seed(0)
+    ranges = [torch.rand(()) + 0.01, torch.rand(5, 1) + 0.01, torch.tensor(2.0**-24), torch.tensor(2.0**20)]
+    sets = [
+        [Quantizer(f"w{i}", "weight", Bits(4, 8), q_m, linear=not nonlinear, signed=bool(i % 2)).to(dtype) for i, q_m in enumerate(ranges)]
+        for _ in range(2)
+    ]
+    banks = [QuantizerBank(found) for found in sets]
+    upper = torch.full((4,), 6.5, dtype=banks[0].lower_L.dtype)
+    for _ in range(200):
+        before = banks[0].ranges()
+        with torch.no_grad():
+            for one, other in zip(*sets, strict=True):
+                q_m, d = one.q_m * torch.randn_like(one.q_m).exp(), one.d * torch.randn_like(one.d) * 4
+                for quantizer in (one, other):
+                    quantizer.q_m.copy_(q_m)
+                    quantizer.d.copy_(d)
+            versions = [quantizer.d._version for quantizer in sets[0]]
+            banks[0].constrain_(before, upper)
+            banks[1].guard_(before)
+            banks[1].write_d_(banks[1].projected(upper, banks[1].read()))
+        assert all(quantizer.d._version > version for quantizer, version in zip(sets[0], versions, strict=True))
+        for one, other in zip(*(bank.read() for bank in banks), strict=True):
+            assert torch.equal(one, other)

@@ -103,6 +103,16 @@ class QuantizerBank:
         stack.write_(q_m.clamp_(*Q_M_DOMAIN))
         self._free_t.clamp_(*T_DOMAIN)
 
+    def constrain_(self, before_E: Tensor, upper_L: Tensor) -> None:
+        """`guard_`, then `projected`, stored: what follows a step in which nothing rules the step sizes."""
+        d, q_m, _ = self._stacks
+        if self._fixed_t is not None:
+            levels = self._levels_of(upper_L), self._levels_of(self.lower_L)
+            if d.constrain_(q_m, before_E, levels, LARGEST_FACTOR, Q_M_DOMAIN):
+                return
+        self.guard_(before_E)
+        self.write_d_(self.projected(upper_L, self.read()))
+
     def tighten_(self, weights: Mapping[int, Tensor]) -> None:
         """Shrink each range to the largest magnitude it holds, at the same bit width: q_m <- min(q_m, max|x|), d alike.
 

@@ -136,8 +136,7 @@ class QASSO(StructuredOptimizer):
             self._pruner.enforce_()
             ruled = self._joint(before, steps) if joint else None
             if len(self._bank):
-                self._bank.guard_(ranges)
-                self._constrain_bits(stage, ruled, steps)
+                self._constrain_bits(stage, ruled, steps, ranges)
         self._advance()
         return loss
 
@@ -204,9 +203,13 @@ class QASSO(StructuredOptimizer):
             self._pruner.finish_period_()
         return ratio, owners, waiting
 
-    def _constrain_bits(self, stage: Stage, ruled: tuple[Tensor, Tensor, Tensor] | None, before: Steps | None) -> None:
-        """Project d (cool-down: d follows the integer bits). before: the bank before the base's step."""
-        bank = self._bank
+    def _constrain_bits(self, stage: Stage, ruled: tuple[Tensor, Tensor, Tensor] | None, before: Steps | None, ranges: Tensor) -> None:
+        """Guard q_m, project d (cool-down: d follows the integer bits). before, ranges: the bank and its q_m before the base's step."""
+        bank, left = self._bank, self.schedule.left_to_settle(self._step)
+        if stage != "cool-down" and ruled is None and not left and self._step + 1 < self.schedule.cooldown_start:
+            bank.constrain_(ranges, self._upper_bits())
+            return
+        bank.guard_(ranges)
         now = bank.read()
         if stage != "cool-down":
             if ruled is not None and before is not None:
@@ -220,7 +223,6 @@ class QASSO(StructuredOptimizer):
                 d_next = d_rule if share == 1.0 else start * (d_rule / start).pow(share)
                 now = now._replace(d=torch.where(owners, d_next, now.d))
             now = now._replace(d=bank.projected(self._upper_bits(), now))
-            left = self.schedule.left_to_settle(self._step)
             bank.write_d_(bank.settled(now, left) if left else now.d)
             if self._step + 1 < self.schedule.cooldown_start:
                 return

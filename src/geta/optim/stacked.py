@@ -14,7 +14,7 @@ from torch import Tensor
 
 from geta.quant import native
 
-_KINDS = (torch.float32, torch.float64)
+_KINDS = {torch.float32: "f32", torch.float64: "f64"}
 
 
 class Stacked:
@@ -64,6 +64,21 @@ class Stacked:
             torch._foreach_clamp_max_(self.tensors, highest)
             return
         self.write_(self.read().clamp_(lowest, highest))
+
+    def constrain_(
+        self, ranges: Stacked, before_E: Tensor, levels: tuple[Tensor, Tensor], factor: float, domain: tuple[float, float]
+    ) -> bool:
+        """Step sizes and their `ranges` by `geta_constrain`; levels: the most and the fewest. False where the kernels can't reach them."""
+        flats = (before_E, *levels)
+        if not self.reachable() or not ranges.reachable() or any(flat.dtype != self.tensors[0].dtype for flat in flats):
+            return False
+        assert self._addresses is not None
+        assert ranges._addresses is not None
+        call = getattr(_library(), f"geta_constrain_{_KINDS[self.tensors[0].dtype]}")
+        addresses = (self._addresses.ctypes.data, ranges._addresses.ctypes.data)
+        call(*addresses, *(flat.data_ptr() for flat in flats), len(before_E), factor, *domain)
+        torch.autograd.graph.increment_version([*self.tensors, *ranges.tensors])
+        return True
 
     def _found(self, pointers: Sequence[int]) -> np.ndarray | None:
         if not self.tensors or _library() is None:

@@ -234,6 +234,7 @@ def _signatures() -> list[tuple[str, Sequence[type], type | None]]:
         kernels += [(f"geta_forward_{kind}", _FORWARD, None), (f"geta_backward_{kind}", _BACKWARD, None)]
         kernels += [(f"geta_rows_{what}_{kind}", [_POINTER] * count, None) for what, count in (("copy", 3), ("sums", 8), ("move", 8))]
         kernels.append((f"geta_rows_scale_{kind}", [_POINTER, _POINTER, ctypes.c_double], None))
+        kernels.append((f"geta_constrain_{kind}", [*[_POINTER] * 5, _LONG, *[ctypes.c_double] * 3], None))
     return kernels
 
 

@@ -173,4 +173,21 @@ EXPORT void NAME(geta_rows_move)(const geta_rows *rows, REAL *const *data, const
     }
 }
 
+/* q_m within a factor of what it was and in [lowest, highest]; then d between q_m / most and q_m / least levels. One number each. */
+EXPORT void NAME(geta_constrain)(REAL *const *d, REAL *const *q_m, const REAL *before, const REAL *most, const REAL *least, int64_t count,
+                                 double factor, double lowest, double highest) {
+    const REAL times = (REAL)factor, from = (REAL)lowest, to = (REAL)highest;
+    for (int64_t i = 0; i < count; i++) {
+        REAL range = *q_m[i], step = *d[i];
+        range = range < before[i] / times ? before[i] / times : range;
+        range = range > before[i] * times ? before[i] * times : range;
+        range = range < from ? from : range;
+        range = range > to ? to : range;
+        step = step < range / most[i] ? range / most[i] : step;
+        step = step > range / least[i] ? range / least[i] : step;
+        *q_m[i] = range;
+        *d[i] = step;
+    }
+}
+
 #endif
