@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 
 import pytest
+import sympy
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_impls import get_fast_op_impls
@@ -174,9 +175,14 @@ def test_a_capture_is_the_same_without():
         ]
 
     def layout(value: Tensor) -> tuple:
-        """As `described`, but strides for the example's batch: PyTorch's own are sometimes written as Min(36, 36*s31)."""
+        """As `described`, but strides at several batch sizes: PyTorch's own are sometimes written as Min(36, 36*s31)."""
+
+        def at(stride: int | torch.SymInt, batch: int) -> int:
+            expression = sympy.Integer(stride) if isinstance(stride, int) else stride.node.expr
+            return int(expression.subs(dict.fromkeys(expression.free_symbols, batch)))
+
         ((shape, _, *others),) = described(value)
-        return shape, [stride if isinstance(stride, int) else stride.node.hint for stride in value.stride()], *others
+        return shape, [[at(stride, batch) for stride in value.stride()] for batch in (2, 3, 8)], *others
 
     for train in (False, True):
         assert nodes(True, train) == nodes(False, train)

@@ -84,11 +84,10 @@ def _turns(node: fx.Node) -> bool:
     """Whether a node exchanges the two dimensions of a matrix."""
     if node.target in (_aten.t.default, _aten.numpy_T.default):
         return True
-    bound = arguments(node) if node.target in (_aten.transpose.int, _aten.permute.default) else {}
-    dims = bound.get("dims", [bound.get("dim0"), bound.get("dim1")])
-    return (
-        bool(bound) and len(dims) == 2 and {dim % 2 for dim in dims} == {0, 1} and (node.target is _aten.transpose.int or dims[0] % 2 == 1)
-    )
+    if node.target is _aten.transpose.int:
+        bound = arguments(node)
+        return {bound["dim0"] % 2, bound["dim1"] % 2} == {0, 1}
+    return node.target is _aten.permute.default and [dim % 2 for dim in arguments(node)["dims"]] == [1, 0]
 
 
 def integer_linears(network: Network) -> tuple[dict[str, Linear], dict[str, str]]:

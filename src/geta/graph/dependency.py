@@ -126,12 +126,9 @@ class DependencyGraph:
         generator = torch.Generator(device="cpu").manual_seed(seed)
         selection = {}
         for family in self.prunable_families:
-            kept = max(1, family.size - int(sparsity * family.size))
-            multiple = resolve_multiple(multiple_of, family.channels)
-            kept = min(-(-kept // multiple) * multiple, family.size)
             order = torch.randperm(family.size, generator=generator, device="cpu")
             remove = torch.zeros(family.size, dtype=torch.bool, device="cpu")
-            remove[order[kept:]] = True
+            remove[order[family.kept(sparsity, multiple_of) :]] = True
             selection[family.name] = remove
         return selection
 

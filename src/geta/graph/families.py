@@ -12,6 +12,8 @@ from typing import Any, Literal
 
 import torch
 
+from geta.devices import resolve_multiple
+
 Role = Literal["producer", "consumer", "buffer"]
 Selection = Mapping[str, torch.Tensor]
 """Family name -> BoolTensor[n]; True = remove that group."""
@@ -70,6 +72,12 @@ class Family:
         if self.unit in ("heads", "key-value groups"):
             rows -= {1}
         return math.gcd(*rows) or 1
+
+    def kept(self, share: float, multiple_of: int | str) -> int:
+        """How many groups stay when this share goes: at least one, rounded up to the multiple of `resolve_multiple`, at most all."""
+        multiple = resolve_multiple(multiple_of, self.channels)
+        least = max(1, self.size - int(share * self.size))
+        return min(-(-least // multiple) * multiple, self.size)
 
     def summary(self) -> dict[str, Any]:
         """All but the members, as plain data."""

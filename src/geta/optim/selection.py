@@ -50,6 +50,11 @@ class Selector:
         """The largest m of a family."""
         return max(self.multiples, default=1)
 
+    @property
+    def alignment(self) -> int | list[int]:
+        """m, or where families differ m of each."""
+        return self.multiples[0] if len(set(self.multiples)) == 1 else self.multiples
+
     def _words(self) -> str:
         lowest = min(self.multiples)
         return str(lowest) if lowest == self.largest else f"{lowest} to {self.largest} (see Family.channels)"

@@ -330,7 +330,7 @@ class StructuredOptimizer(WrappingOptimizer):
             "families": {family.name: family.size for family in self._index.families},
             "target_groups": self.target_groups if self._target is None else None,
             "target": None if self._target is None else self._target.budget.to_dict(),
-            "multiple_of": multiples[0] if len(set(multiples := self._pruner.selector.multiples)) == 1 else multiples,
+            "multiple_of": self._pruner.selector.alignment,
             "observers": dict.fromkeys(self._pruner.saliency.observers, self._pruner.saliency.window),
         }
 

@@ -152,8 +152,9 @@ def calibrate(
     The model runs in eval mode without gradients; its modes and buffers are put back afterwards, also after an error. A layer whose
     data inputs are integers (an embedding) has no range. Norms whose running statistics have seen nothing yet use those of the batch, as
     they will in training: with mean 0 and variance 1 in their place the inputs of a deep network's last layers were 10^10 times too large.
-    With several ranks (`geta.ranks`) all of them call this, each with its own
-    batches, and find the same. Raises ConfigError for unusable batches and for a layer that none reaches.
+    With several ranks (`geta.ranks`) all of them call this, each with its own batches, and find the same.
+
+    Raises ConfigError for unusable batches and for a layer that none reaches.
     """
     probes = {f"{layer.path}:input": layer.module for layer in layers} | {f"{layer.path}:output": layer.module for layer in results}
     observers = {name: RangeObserver(percentile) for name in probes}

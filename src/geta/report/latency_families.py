@@ -55,11 +55,10 @@ def family_savings(graph: DependencyGraph, table: LatencyTable, *, multiple_of: 
     whole = costs.evaluate(np.zeros(len(costs.families), dtype=np.int64), bits)
     found = []
     for number, family in enumerate(graph.prunable_families):
-        less, multiple = [], resolve_multiple(multiple_of, family.channels)
+        less = []
         for share in SHARES:
             removed = np.zeros(len(costs.families), dtype=np.int64)
-            kept = max(1, family.size - int(share * family.size))
-            removed[number] = family.size - min(-(-kept // multiple) * multiple, family.size)
+            removed[number] = family.size - family.kept(share, multiple_of)
             less.append(costs.evaluate(removed, bits))
         milliseconds = tuple(max(0.0, whole[LATENCY] - one[LATENCY]) for one in less)
         params = tuple(int(whole["params"] - one["params"]) for one in less)
