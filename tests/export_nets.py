@@ -76,6 +76,25 @@ def depthwise() -> nn.Module:
     )
 
 
+class Padded(nn.Module):
+    """Inverted residuals as mobile networks have them: capped activations, and padding that a block does itself, also on one side alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 8, 3, stride=2, bias=False), nn.BatchNorm2d(8), nn.ReLU6())
+        self.deep = nn.Sequential(nn.Conv2d(8, 8, 3, groups=8, bias=False), nn.BatchNorm2d(8), nn.ReLU6())
+        self.out = nn.Sequential(nn.Conv2d(8, 16, 1, bias=False), nn.BatchNorm2d(16))
+        self.again, self.last = nn.Conv2d(16, 16, 3), nn.Conv2d(16, 8, 3, stride=2)
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, x):
+        pad = nn.functional.pad
+        x = self.out(pad(self.deep(pad(self.stem(pad(x, (0, 1, 0, 1))), (1, 1, 1, 1))), (0, 0, 0, 0)))
+        x = x + pad(self.again(x).clamp(-1, 1), (1, 1, 1, 1))
+        x = self.last(pad(x.relu(), (0, 1, 0, 1)))
+        return self.head(nn.functional.relu6(x).mean((2, 3)))
+
+
 def perceptron() -> nn.Module:
     return nn.Sequential(nn.Linear(12, 32), nn.GELU(), nn.LayerNorm(32), nn.Linear(32, 16), nn.ReLU(), nn.Linear(16, 4))
 
@@ -92,6 +111,9 @@ CASES: dict[str, Case] = {
     "residual": Case(Residual, (2, 3, 8, 8)),
     "residual without quantized results": Case(Residual, (2, 3, 8, 8), results=False),
     "depthwise": Case(depthwise, (2, 3, 8, 8)),
+    "padded": Case(Padded, (2, 3, 16, 16)),
+    "padded, 5 bits": Case(Padded, (2, 3, 16, 16), {"activations": _BITS(5, 5)}),
+    "padded, nonlinear": Case(Padded, (2, 3, 16, 16), {"nonlinear": True}),
     "perceptron": Case(perceptron, (5, 12)),
     "upsampling": Case(upsampling, (2, 3, 8, 8)),
     "attention": Case(Attention, (2, 7, 16), results=False),

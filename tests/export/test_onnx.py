@@ -55,7 +55,7 @@ def test_every_quantizer_and_every_result_is_the_networks(name, models):
     assert found.output < 1e-4
 
 
-@pytest.mark.parametrize("name", ["convolutions", "residual", "depthwise", "8 bits per channel", "2 to 3 bits"])
+@pytest.mark.parametrize("name", ["convolutions", "residual", "depthwise", "padded", "8 bits per channel", "2 to 3 bits"])
 def test_convolutions_and_products_run_in_integers(name, models, tmp_path):
     report = models(name).export_onnx(tmp_path / "model.onnx")
     assert report.floating == {}
@@ -64,6 +64,16 @@ def test_convolutions_and_products_run_in_integers(name, models, tmp_path):
     assert operators["QLinearConv"] == layers["Conv"] > 0
     assert operators["QGemm"] + operators["MatMulIntegerToFloat"] + operators["QLinearMatMul"] == layers["MatMul"] + layers["Gemm"]
     assert not any(operators[name] for name in ("Conv", "FusedConv", "MatMul", "Gemm", "FusedMatMul"))
+
+
+def test_nothing_stands_between_integer_convolutions(models, tmp_path):
+    models("padded").export_onnx(tmp_path / "model.onnx")
+    written = Counter(node.op_type for node in onnx.load(tmp_path / "model.onnx").graph.node)
+    assert written["Pad"] == 3  # before the two convolutions with padding at one end, and before the addition; the rest is the layers' own
+    operators = optimized(tmp_path / "model.onnx", tmp_path)
+    assert operators["QLinearConv"] == 5
+    assert operators["QuantizeLinear"] == 3  # the input, the sum, the mean
+    assert operators["DequantizeLinear"] == 3  # both sides of the sum, and what the mean is of
 
 
 def test_products_of_a_transformer_run_in_integers(models, tmp_path):

@@ -1,4 +1,5 @@
-"""Make a compact model's evaluation graph ordinary before it leaves the library: batch norms folded, operators without an effect dropped.
+"""Make a compact model's evaluation graph ordinary before it leaves the library: batch norms and padding folded into layers, operators
+without an effect dropped.
 
 A batch normalization in evaluation mode behind a convolution or linear layer is one multiplication and one addition per output channel:
 
@@ -13,12 +14,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from geta.graph.propagate import bind_arguments
+from geta.export.between import arguments, fold_padding, zero_padding
 from geta.quant.results import CONVOLUTIONS
 from geta.subnet.integers import drop_unused
 
@@ -68,6 +68,8 @@ def clean_up(network: Network) -> list[str]:
         if node.op == "call_function" and _has_no_effect(node):
             node.replace_all_uses_with(node.args[0])
             network.graph.erase_node(node)
+    for pad in reversed([node for node in network.graph.nodes if zero_padding(node) is not None]):
+        fold_padding(pad)
     folded = [str(node.meta.get("module_path", "")) for node in [*network.graph.nodes] if _fold(network, node)]
     drop_unused(network.graph)
     used = {str(node.target) for node in network.graph.nodes if node.op == "get_attr"}
@@ -80,7 +82,8 @@ def clean_up(network: Network) -> list[str]:
 def _has_no_effect(node: fx.Node) -> bool:
     if node.target is _aten.dropout.default or node.target is _aten.feature_dropout.default:
         return bool(node.args[2] is False or node.args[1] == 0)
-    return node.target in _WITHOUT_EFFECT
+    padding = zero_padding(node)
+    return node.target in _WITHOUT_EFFECT or (padding is not None and not any(padding))
 
 
 def _fold(network: Network, norm: fx.Node) -> bool:
@@ -182,8 +185,3 @@ def set_bias(layer: fx.Node, bias: fx.Node) -> None:
         layer.update_arg(2, bias)
     else:
         layer.update_kwarg("bias", bias)
-
-
-def arguments(node: fx.Node) -> dict[str, Any]:
-    """An operator call's arguments by name."""
-    return bind_arguments(node, lambda arg: arg)

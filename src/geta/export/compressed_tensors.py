@@ -26,9 +26,10 @@ import torch
 from torch import Tensor
 
 from geta.errors import BadModelError, ConfigError
-from geta.export.cleanup import Network, arguments, copied
+from geta.export.between import ACTIVATIONS, arguments
+from geta.export.cleanup import Network, copied
 from geta.export.linears import Input, Linear, input_of, integer_linears, quantizer_name
-from geta.export.onnx_quant import ACTIVATIONS, BYTE, weight_of
+from geta.export.onnx_quant import BYTE, weight_of
 from geta.export.pack import pack_bits
 
 if TYPE_CHECKING:

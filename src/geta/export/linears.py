@@ -8,8 +8,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, fx
 
-from geta.export.cleanup import Network, arguments
-from geta.export.onnx_quant import ACTIVATIONS, BYTE, Activation, Weight, activation_of, weight_of
+from geta.export.between import ACTIVATIONS, arguments
+from geta.export.cleanup import Network
+from geta.export.onnx_quant import BYTE, Activation, Weight, activation_of, weight_of
 from geta.quant.targets import INPUT_QUANTIZER, OUTPUT_QUANTIZER
 
 _aten = torch.ops.aten

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from geta.export.cleanup import Network, arguments, set_bias
+from geta.export.between import arguments
+from geta.export.cleanup import Network, set_bias
 from geta.export.linears import Product, product_of
 from geta.export.onnx_quant import (
     BYTE,
@@ -22,6 +23,7 @@ from geta.export.onnx_quant import (
     integer_bias,
     lower_activation,
     lower_weight,
+    way_to,
     weight_of,
 )
 from geta.export.plain import lower_plain_activation
@@ -62,6 +64,9 @@ class _Lowering:
         self._done = Lowered()
         self._quantizers = {node: found for node in network.graph.nodes if (found := activation_of(network, node)) is not None}
         self._around: set[fx.Node] = set()
+        self._ranks = {node: self._rank(node) for node in self._quantizers}
+        ways = {node: way_to(node, found, self._ranks[node]) for node, found in self._quantizers.items() if found.as_bytes}
+        self._behind = {node: quantizer for quantizer, way in ways.items() for node in (quantizer, *way.nodes)}
 
     def run(self) -> Lowered:
         network = self._network
@@ -75,7 +80,9 @@ class _Lowering:
                 _lower_embedding(network, node)
         for node, found in self._quantizers.items():
             name = node.name
-            new = lower_activation(network, node, found) if node in self._around else lower_plain_activation(network, node)
+            new = (
+                lower_activation(network, node, found, self._ranks[node]) if node in self._around else lower_plain_activation(network, node)
+            )
             self._done.activations[name] = new
         drop_unused(network.graph)  # transpositions of weights that are stored transposed now
         for node in [*network.graph.nodes]:
@@ -87,6 +94,14 @@ class _Lowering:
                 node.replace_all_uses_with(lower_weight(network, weight, node, Form(self._uint8, integer=False)))
         drop_unused(network.graph)
         return self._done
+
+    def _rank(self, quantizer: fx.Node) -> int:
+        """How many dimensions a quantizer's values have, if an integer convolution reads them; else 0."""
+        for reader in quantizer.users:
+            weight = weight_of(self._network, arguments(reader)["weight"]) if reader.target in CONVOLUTIONS else None
+            if weight is not None:
+                return weight.codes.dim()
+        return 0
 
     def _product(self, node: fx.Node, product: Product) -> None:
         """x W^T + b as a product with W^T stored, so that no transposition stands between the integers and the product."""
@@ -152,8 +167,7 @@ class _Lowering:
         readers = [*node.users]
         while len(readers) == 1 and readers[0].target in RELUS:
             readers = [*readers[0].users]
-        good = all(reader in self._quantizers and self._quantizers[reader].as_bytes for reader in readers)
-        return readers if good else []
+        return [self._behind[reader] for reader in readers] if all(reader in self._behind for reader in readers) else []
 
     def _plus_bias(self, product: fx.Node, bias: fx.Node, weight: Weight, source: fx.Node, node: fx.Node) -> fx.Node:
         """Integer kernels add a bias in units of the product's integers; where those are coarse, an exact one is added afterwards.

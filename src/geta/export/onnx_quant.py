@@ -23,7 +23,8 @@ import torch
 import torch.onnx.ops
 from torch import Tensor, fx
 
-from geta.export.cleanup import Network, arguments
+from geta.export.between import ACTIVATIONS, Path, arguments, path_to
+from geta.export.cleanup import Network
 from geta.quant.fixed_ops import effective_scale, has_no_zero
 from geta.quant.ops import bit_width, prepared
 from geta.subnet.integers import whole_bits
@@ -32,8 +33,6 @@ OPSET = 21
 _MIDDLE, _TOP = 128, 255
 _SATURATING_BITS = 8
 HALF_A_BYTE, BYTE = 4, 8
-ACTIVATIONS = (torch.ops.geta.fake_quantize.default, torch.ops.geta.lsq_quantize.default)
-"""The operators of quantizers that stay in a compact model."""
 
 
 def quantize_linear(x: Tensor, scale: Tensor, zero_point: Tensor, axis: int) -> Tensor:
@@ -52,6 +51,14 @@ def dequantize_linear(codes: Tensor, scale: Tensor, zero_point: Tensor | None, a
 def clip_codes(codes: Tensor, lowest: Tensor, highest: Tensor) -> Tensor:
     """Clip integers."""
     return torch.onnx.ops.symbolic("Clip", (codes, lowest, highest), dtype=codes.dtype, shape=codes.shape, version=OPSET)
+
+
+def pad_codes(codes: Tensor, zero_point: Tensor, ends: Tensor, pad: list[int]) -> Tensor:
+    """Add zeros, which as codes are the zero point. pad: as in `torch.nn.functional.pad`; ends: the same in ONNX's order."""
+    shape = [*codes.shape]
+    for place, (before, after) in enumerate(zip(pad[0::2], pad[1::2], strict=True)):
+        shape[-1 - place] += before + after
+    return torch.onnx.ops.symbolic("Pad", (codes, ends, zero_point), dtype=codes.dtype, shape=shape, version=OPSET)
 
 
 def gather_rows(codes: Tensor, places: Tensor) -> Tensor:
@@ -112,12 +119,16 @@ def _line(scale: Tensor) -> Tensor:
     return scale.reshape(-1) if scale.numel() > 1 else scale.reshape(())
 
 
-def lower_activation(network: Network, node: fx.Node, found: Activation) -> fx.Node:
-    """Replace a quantizer of up to 8 bits; returns the node that has its values now."""
+def lower_activation(network: Network, node: fx.Node, found: Activation, rank: int = 0) -> fx.Node:
+    """Replace a quantizer of up to 8 bits, and what stands before it and may act on codes; returns the node that has its values now.
+
+    rank: number of dimensions of its values, as far as known; 0 = unknown, then padding stays where it is.
+    """
     name = node.name
     zero = _MIDDLE if found.signed else 0
-    lowest, highest = found.levels[0] + zero, found.levels[1] + zero
-    graph, x = network.graph, node.args[0]
+    path = way_to(node, found, rank)
+    lowest, highest = (code + zero for code in _levels(path, found))
+    graph, x = network.graph, path.source
     with graph.inserting_before(node):
         if found.exponent is not None:
             x = signed_power(network, name, x, found.exponent)
@@ -127,11 +138,29 @@ def lower_activation(network: Network, node: fx.Node, found: Activation) -> fx.N
         if (lowest, highest) != (0, _TOP):
             bounds = [network.add(f"{name}.bound", torch.tensor(value, dtype=torch.uint8)) for value in (lowest, highest)]
             codes = graph.call_function(clip_codes, (codes, *bounds))
+        for pad in path.pads:
+            ends = [[0] * (rank - len(half)) + [*reversed(half)] for half in (pad[0::2], pad[1::2])]
+            codes = graph.call_function(pad_codes, (codes, point, network.add(f"{name}.padding", torch.tensor(ends).reshape(-1)), pad))
         new = graph.call_function(dequantize_linear, (codes, scale, point, found.axis))
         new.meta = dict(node.meta)
     node.replace_all_uses_with(new)
     graph.erase_node(node)
     return new
+
+
+def way_to(node: fx.Node, found: Activation, rank: int = 0) -> Path:
+    """What leads to a quantizer; nothing acts on codes where there are exponents, or scales for every channel."""
+    return path_to(node, pads=rank > 0) if found.exponent is None and not found.scale.dim() else Path(node.args[0])
+
+
+def _levels(path: Path, found: Activation) -> tuple[int, int]:
+    """The lowest and highest code that come out: the quantizer's own, or those that clamps before it leave."""
+    lowest, highest = found.levels
+    if path.low > -torch.inf:
+        lowest = max(lowest, int(torch.round(torch.tensor(path.low) / found.scale)))
+    if path.high < torch.inf:
+        highest = min(highest, int(torch.round(torch.tensor(path.high) / found.scale)))
+    return lowest, highest
 
 
 def signed_power(network: Network, name: str, x: Any, t: Tensor) -> fx.Node:

@@ -12,8 +12,9 @@ import math
 import torch
 from torch import Tensor, fx
 
-from geta.export.cleanup import Network, arguments
-from geta.export.onnx_quant import ACTIVATIONS, BYTE, HALF_A_BYTE, signed_power, weight_of
+from geta.export.between import ACTIVATIONS, arguments
+from geta.export.cleanup import Network
+from geta.export.onnx_quant import BYTE, HALF_A_BYTE, signed_power, weight_of
 from geta.quant.fixed_ops import effective_scale, has_no_zero
 from geta.quant.ops import prepared
 from geta.subnet.integers import drop_unused

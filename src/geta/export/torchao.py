@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from geta.errors import BadModelError, ConfigError
-from geta.export.cleanup import arguments, copied
+from geta.export.between import arguments
+from geta.export.cleanup import copied
 from geta.export.linears import input_of, integer_linears
 from geta.export.onnx_quant import BYTE, HALF_A_BYTE
 from geta.graph.names import canonical_name
