@@ -40,7 +40,8 @@ def test_decoding_is_the_zeroed_models(name, uniform, tmp_path):
     assert isinstance(loaded, type(model))
     assert sum(p.numel() for p in loaded.parameters()) < sum(p.numel() for p in model.parameters())
     assert hf_nets.decoded(loaded, given) == expected
-    assert hf_nets.decoded(geta.compact_eager(model, graph, selection).model, given) == expected
+    if not uniform:
+        assert hf_nets.decoded(geta.compact_eager(model, graph, selection).model, given) == expected
 
 
 def test_a_static_cache_has_the_size_of_each_layer(tmp_path):

@@ -107,10 +107,12 @@ def without_caches(model: nn.Module) -> Iterator[None]:
     Only what its configuration asks for is held back, a `use_cache=True` in the call is not. The library is not imported for that.
     """
     library = sys.modules.get("transformers.configuration_utils")
-    configs = [vars(module).get("config") for module in model.modules()] if library is not None else []
-    asking = {
-        id(one): one for one in configs if library and isinstance(one, library.PreTrainedConfig) and vars(one).get("use_cache") is True
-    }
+    if library is None:
+        yield
+        return
+    kind = getattr(library, "PreTrainedConfig", None) or library.PretrainedConfig  # the name before version 5
+    configs = [vars(module).get("config") for module in model.modules()]
+    asking = {id(one): one for one in configs if isinstance(one, kind) and vars(one).get("use_cache") is True}
     try:
         for config in asking.values():
             config.use_cache = False

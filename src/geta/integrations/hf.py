@@ -151,7 +151,7 @@ def _readers() -> Iterator[Any]:
 def __getattr__(name: str) -> Any:
     """`GetaLlamaConfig`, `GetaLlamaForCausalLM` and so on, so that instances can be pickled by processes that train."""
     found: Any = getattr(transformers, name.removeprefix("Geta"), None) if name.startswith("Geta") else None
-    kinds = {transformers.PreTrainedConfig: config_class, transformers.PreTrainedModel: model_class}
+    kinds: dict[Any, Any] = {transformers.PreTrainedConfig: config_class, transformers.PreTrainedModel: model_class}
     for kind, make in kinds.items():
         if isinstance(found, type) and issubclass(found, kind) and found.__module__.startswith("transformers."):
             return make(found)

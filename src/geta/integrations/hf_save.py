@@ -103,13 +103,14 @@ def save_pretrained(
     `compressed-tensors` layout. Before anything is put in its place the folder is loaded and compared with the cut model. A tokenizer is
     not touched: save it into the same folder. `model` is not changed.
 
-    Raises ConfigError for a model that isn't one of transformers, a selection that doesn't fit, impossible widths, or a folder that
-    can't be written; BadModelError when there is no eager product or the folder would load as another model.
+    Raises ConfigError for a model that isn't one of transformers (5 or later), a selection that doesn't fit, impossible widths, or a
+    folder that can't be written; BadModelError when there is no eager product or the folder would load as another model.
     """
     allowed = checked_widths(widths)
     model = unwrap(model)
     if not is_pretrained(model):
         raise ConfigError(f"{type(model).__name__} is no model of transformers: use geta.compact(model, graph).save(folder)")
+    _check_version()
     selection = checked_selection(model, graph, selection)
     product = compact_eager(model, graph, selection)
     plan = _planned(product)
@@ -137,6 +138,13 @@ def save_pretrained(
         return report
     found = (file.packed, file.floating, file.input_bits, file.lost, [*notes, *file.notes, *_inexact(file, gap)])
     return PretrainedFolder(target, report.auto_class, plan.needs_geta, product.changes, gap, size, *found)
+
+
+def _check_version() -> None:
+    import transformers
+
+    if int(transformers.__version__.partition(".")[0]) < 5:
+        raise ConfigError(f"geta.save_pretrained needs transformers 5 or later, {transformers.__version__} is installed: update it")
 
 
 def _planned(product: EagerProduct) -> _Plan:
