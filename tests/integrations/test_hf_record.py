@@ -15,7 +15,6 @@ import hf_nets
 from geta.errors import CheckpointError
 from geta.integrations import hf
 from geta.integrations.hf_record import Record, attributes_of
-from geta.subnet.attributes import Change
 
 UP = "model.layers.0.mlp.up_proj.weight"
 ATTENTION = "model.layers.0.self_attn"
@@ -146,13 +145,16 @@ def test_a_record_is_applied_to_everything_that_it_names():
 
 
 def test_only_what_differs_is_recorded():
-    model = Nest()
-    changes = [Change("", ("width",), 6, 3), Change("first", ("in_features",), 8, 4), Change("", ("pair",), (6, 4), (3, 4))]
-    assert attributes_of(changes, model) == {"": {"width": 3, "pair": [3, 4]}}
+    model, built = Nest(), Nest()
+    model.width, model.pair = 3, (3, 4)
+    places = [("", ("width",)), ("first", ("in_features",)), ("", ("pair",)), ("", ("sizes",))]
+    assert attributes_of(places, model, built) == {"": {"width": 3, "pair": [3, 4]}}
     with pytest.raises(CheckpointError, match="sets 'nope'"):
-        attributes_of([Change("", ("nope",), 6, 3)], model)
+        attributes_of([("", ("nope",))], model, built)
     with pytest.raises(CheckpointError, match="module that the model does not have"):
-        attributes_of([Change("nope", ("width",), 6, 3)], model)
+        attributes_of([("nope", ("width",))], model, built)
+    with pytest.raises(CheckpointError, match="only sizes can be set"):
+        attributes_of([("", ("training",))], model, built)
 
 
 def test_names_of_other_classes_over_the_same_base_are_found():

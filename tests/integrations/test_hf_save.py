@@ -9,6 +9,7 @@ import pickle
 
 import pytest
 import safetensors.torch
+import tokenizers
 import torch
 import transformers
 from torch import nn
@@ -99,6 +100,36 @@ def test_other_tasks_share_the_backbone(llama, tmp_path):
     assert again.num_labels == 3
     backbone.save_pretrained(tmp_path / "backbone")
     assert torch.equal(output(transformers.AutoModel.from_pretrained(tmp_path / "backbone"), input_ids=IDS), hidden)
+
+
+def test_a_loaded_folder_is_cut_and_saved_again(llama, tmp_path):
+    model, graph = llama
+    geta.save_pretrained(model, graph, tmp_path / "first", selection=uneven(graph))
+    once = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "first").eval()
+    graph = geta.analyze(once, (), {"input_ids": IDS})
+    assert [family.size for family in graph.prunable_families] == [2, 24, 2, 48]
+    selection = graph.random_selection(0.5, seed=1)
+    report = geta.save_pretrained(once, graph, tmp_path / "second", selection=selection)
+    assert (report.auto_class, bool(report.needs_geta)) == ("AutoModelForCausalLM", True)
+    twice = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "second")
+    assert type(twice) is type(once)
+    assert [layer.mlp.up_proj.out_features for layer in twice.model.layers] == [12, 24]
+    assert torch.allclose(output(twice, input_ids=IDS), output(zeroed(once, graph, selection), input_ids=IDS), atol=1e-5)
+
+
+def test_tokenizers_and_pipelines_find_the_model(llama, tmp_path):
+    model, graph = llama
+    geta.save_pretrained(model, graph, tmp_path, selection=uneven(graph))
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({f"w{i}": i for i in range(64)}))
+    words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    special = {f"{kind}_token": word for kind, word in (("unk", "w0"), ("pad", "w0"), ("eos", "w2"))}
+    transformers.PreTrainedTokenizerFast(tokenizer_object=words, **special).save_pretrained(tmp_path)
+    assert transformers.AutoTokenizer.from_pretrained(tmp_path)("w5 w6").input_ids == [5, 6]
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    (written,) = transformers.pipeline("text-generation", model=str(tmp_path))("w5 w6 w7", max_new_tokens=4, do_sample=False)
+    ids = torch.tensor([[5, 6, 7]])
+    tokens = loaded.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=4, do_sample=False)[0, 3:]
+    assert written["generated_text"].removeprefix("w5 w6 w7").split() == [f"w{token}" for token in tokens.tolist()]
 
 
 def vision() -> tuple[nn.Module, dict[str, torch.Tensor]]:

@@ -10,7 +10,6 @@ class is looked up in `transformers`, built from its own configuration, and then
 from __future__ import annotations
 
 import copy
-import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -21,6 +20,8 @@ from geta.errors import CheckpointError
 from geta.integrations.hf_record import KEY, Record
 
 MODEL_TYPE = "geta"
+_MADE: dict[Any, Any] = {}
+"""Base class -> the class made from it, once. No `lru_cache`: a capture empties those of the code that a model is made of."""
 
 
 class GetaConfig(transformers.PreTrainedConfig):
@@ -76,11 +77,13 @@ def base_model(record: Record) -> type:
     return found
 
 
-@functools.cache
 def config_class(base: Any) -> Any:
     """`GetaLlamaConfig` for `LlamaConfig`; its model classes are registered with all Auto classes that know the base configuration."""
+    if base in _MADE:
+        return _MADE[base]
     body = {"model_type": MODEL_TYPE, "__module__": __name__, "__doc__": f"`{base.__name__}` of a cut model."}
-    own = type(f"Geta{base.__name__}", (base, GetaConfig), body)
+    own: Any = type(f"Geta{base.__name__}", (base, GetaConfig), body)
+    _MADE[base] = own
     for auto in _auto_classes():
         found = auto._model_mapping.get(base, None)
         if found is not None:
@@ -98,8 +101,10 @@ def model_class(base: Any) -> Any:
     return _made(config_class(base.config_class), base)
 
 
-@functools.cache
 def _made(config: Any, base: Any) -> Any:
+    if base in _MADE:
+        return _MADE[base]
+
     def __init__(self: Any, config: Any, *inputs: Any, **kwargs: Any) -> None:  # noqa: N807
         super(own, self).__init__(config, *inputs, **kwargs)
         record = Record.from_json(getattr(config, KEY, None))
@@ -107,7 +112,7 @@ def _made(config: Any, base: Any) -> Any:
 
     body = {"config_class": config, "__init__": __init__, "__module__": __name__, "__doc__": f"`{base.__name__}` of a cut model."}
     own: Any = type(f"Geta{base.__name__}", (base,), body)
-    return own
+    return _MADE.setdefault(base, own)
 
 
 def record_config(config: Any, record: Record) -> Any:

@@ -11,7 +11,7 @@ A size that is null is the one that the base class gives the tensor. Nothing in 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -93,18 +93,18 @@ class Record:
                 apply(model, _change(model, place, name, value))
 
 
-def attributes_of(changes: Sequence[Change], built: nn.Module) -> dict[str, dict[str, _Number]]:
-    """Those of the changes that a freshly built model has not got by itself, for a record.
+def attributes_of(places: Iterable[tuple[str, tuple[str, ...]]], model: nn.Module, built: nn.Module) -> dict[str, dict[str, _Number]]:
+    """The numbers of `model` at these places (module, attribute) that a freshly `built` one has not got by itself, for a record.
 
-    Raises CheckpointError for a change that a record can't say (an attribute that isn't there, or no number).
+    Raises CheckpointError for a place that a record can't say (an attribute that isn't there, or no number).
     """
     found: dict[str, dict[str, _Number]] = {}
-    for change in changes:
-        name = ".".join(change.path)
-        value = list(change.after) if isinstance(change.after, (tuple, list)) else change.after
-        now = _change(built, change.module, name, value)
+    for module, path in places:
+        name = ".".join(path)
+        value = _present(model, module, path)
+        now = _change(built, module, name, list(value) if isinstance(value, tuple) else value)
         if now.before != now.after:
-            found.setdefault(change.module, {})[name] = value
+            found.setdefault(module, {})[name] = list(value) if isinstance(value, tuple) else value
     return found
 
 
@@ -152,8 +152,20 @@ def _resize(model: nn.Module, name: str, shape: Sequence[int | None]) -> None:
 
 def _change(model: nn.Module, path: str, name: str, value: _Number) -> Change:
     """One attribute to set; its present value must be a size, or as many sizes."""
-    where = f"config.json: {KEY}.attributes['{path}']"
     parts = tuple(name.split("."))
+    now = _present(model, path, parts)
+    if type(now) is int and type(value) is int:
+        return Change(path, parts, now, value)
+    if isinstance(now, tuple | list) and isinstance(value, list) and len(now) == len(value) and all(type(item) is int for item in now):
+        return Change(path, parts, now, tuple(value) if isinstance(now, tuple) else value)
+    raise CheckpointError(
+        f"config.json: {KEY}.attributes['{path}'] sets '{name}' to {value!r}, but it is {now!r}: only sizes can be set, by sizes"
+    )
+
+
+def _present(model: nn.Module, path: str, parts: tuple[str, ...]) -> Any:
+    """The value of an attribute; CheckpointError when module or attribute isn't there."""
+    where = f"config.json: {KEY}.attributes['{path}']"
     try:
         now: Any = model.get_submodule(path)
     except AttributeError as error:
@@ -161,10 +173,6 @@ def _change(model: nn.Module, path: str, name: str, value: _Number) -> Change:
     for part in parts:
         own = getattr(now, "__dict__", {})
         if isinstance(now, torch.Tensor | type) or part not in own:
-            raise CheckpointError(f"{where} sets '{name}', which {type(now).__name__} does not have")
+            raise CheckpointError(f"{where} sets '{'.'.join(parts)}', which {type(now).__name__} does not have")
         now = own[part]
-    if type(now) is int and type(value) is int:
-        return Change(path, parts, now, value)
-    if isinstance(now, tuple | list) and isinstance(value, list) and len(now) == len(value) and all(type(item) is int for item in now):
-        return Change(path, parts, list(now), tuple(value) if isinstance(now, tuple) else value)
-    raise CheckpointError(f"{where} sets '{name}' to {value!r}, but it is {now!r}: only sizes can be set, by sizes")
+    return now

@@ -131,7 +131,7 @@ def save_pretrained(
         raise ConfigError(f"the model can't be written to '{target}': {error}; choose a writable folder") from error
     from geta.integrations.hf import auto_class
 
-    kind = type(product.model) if plan.needs_geta else plan.kind
+    kind = plan.kind.__bases__[0] if plan.needs_geta else plan.kind
     notes = [note for note in product.notes if not (product.undescribed and note.endswith(product.undescribed))]
     report = PretrainedFolder(target, auto_class(kind), plan.needs_geta, product.changes, gap, size, notes=notes)
     if file is None:
@@ -151,16 +151,20 @@ def _planned(product: EagerProduct) -> _Plan:
     """Which class and configuration build what the product is: the model's own if they do, else those with a record of the rest."""
     import transformers
 
-    from geta.integrations.hf import model_class, record_config
+    from geta.integrations.hf import GetaConfig, model_class, record_config
 
     small: Any = product.model
-    kind = type(small)
+    kind, config, places = type(small), small.config, [(change.module, change.path) for change in product.attributes]
+    if isinstance(config, GetaConfig):  # cut before: the record starts again from the base class
+        earlier = Record.from_json(config.geta)
+        places += [(path, tuple(name.split("."))) for path, own in earlier.attributes.items() for name in own]
+        kind, config = kind.__bases__[0], config.base_config
     if getattr(transformers, kind.__name__, None) is not kind:
         raise ConfigError(
             f"{kind.__name__} is defined in '{kind.__module__}', not in transformers, so that no folder can name it: use "
             f"geta.compact(model, graph, product='eager') and its save_pretrained, and load with that class"
         )
-    built = _shell(kind, small.config)
+    built = _shell(kind, config)
     wanted, given = _shapes(small), {name: tuple(tensor.shape) for name, tensor in built.state_dict().items()}
     if set(wanted) != set(given):
         other = sorted(set(wanted) ^ set(given))
@@ -168,15 +172,15 @@ def _planned(product: EagerProduct) -> _Plan:
     shapes = {name: [None if a == b else a for a, b in zip(wanted[name], given[name], strict=True)] for name in wanted}
     shapes = {name: shape for name, shape in shapes.items() if wanted[name] != given[name]}
     try:
-        attributes = attributes_of(product.attributes, built)
+        attributes = attributes_of(dict.fromkeys(places), small, built)
     except CheckpointError as error:
         raise BadModelError(f"there is no folder for this {kind.__name__}, because a change can't be said in it: {error}") from error
     if not shapes and not attributes:
-        return _Plan(kind, small.config, built, "")
+        return _Plan(kind, config, built, "")
     record = Record(str(kind.config_class.model_type), kind.__name__, shapes, attributes)
-    own, config = model_class(kind), record_config(small.config, record)
-    reason = product.undescribed or "attributes of modules were changed that no number of the configuration decides"
-    return _Plan(own, config, _shell(own, config), reason)
+    own, described = model_class(kind), record_config(config, record)
+    reason = product.undescribed or "layers differ in ways that no number of the configuration says"
+    return _Plan(own, described, _shell(own, described), reason)
 
 
 def _shell(kind: Any, config: Any) -> Any:
