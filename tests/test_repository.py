@@ -119,6 +119,7 @@ def code_blocks(document: str) -> list[str]:
         "docs/how-it-works.md",
         "docs/latency.md",
         "docs/optimizers.md",
+        "docs/transformers.md",
     ],
 )
 def test_code_in_the_documentation_runs(document, tmp_path, monkeypatch):

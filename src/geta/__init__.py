@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from geta.graph.rules import rule
     from geta.integrations.compressor import Compressor
     from geta.integrations.distill import Distillation
+    from geta.integrations.hf_save import save_pretrained
     from geta.optim import HESSO, HESSOCRIC, QASSO, Budget, Saliency, Schedule
     from geta.quant import DGE, DSQ, STE, Bits, FixedBits, Fourier, end_layers, quantize
     from geta.report.latency_table import measure_layers
@@ -73,6 +74,7 @@ _HOME = {
     "measure_layers": "geta.report.latency_table",
     "quantize": "geta.quant",
     "rule": "geta.graph.rules",
+    "save_pretrained": "geta.integrations.hf_save",
     "seed_everything": "geta.seeding",
     "to_torchao": "geta.export.torchao",
 }
@@ -114,6 +116,7 @@ __all__ = [
     "measure_layers",
     "quantize",
     "rule",
+    "save_pretrained",
     "seed_everything",
     "to_torchao",
 ]

@@ -13,7 +13,7 @@ from torch import nn
 
 import geta
 from export_nets import CASES, compacted
-from geta.export.compressed_tensors import pack_rows, save_compressed_tensors
+from geta.export.compressed_tensors import pack_rows, packed_file, save_compressed_tensors
 
 
 def unpacked(codes: torch.Tensor, bits: int, shape: list[int]) -> torch.Tensor:
@@ -125,6 +125,16 @@ def test_quantized_inputs_are_in_the_configuration_or_named(tmp_path):
     assert report.inputs == {"head": 8}
     assert report.lost["conv1:input"] == "it is not the input of a packed linear layer"
     assert any(name.endswith(":output") for name in report.lost)
+
+
+def test_inputs_can_be_left_out_for_a_reason():
+    model = compacted("words")
+    file = packed_file(model, [8], no_inputs="nobody asked")
+    assert (file.inputs, file.input_bits) == ({}, {})
+    assert file.lost == {"mix:input": "nobody asked", "head:input": "nobody asked"}
+    assert not [name for name in file.tensors if "input_" in name]
+    assert all(group["input_activations"] is None for group in file.config["config_groups"].values())
+    assert set(file.packed.values()) == {8}
 
 
 @pytest.mark.parametrize("name", ["words", "fixed", "attention"])

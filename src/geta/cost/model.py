@@ -89,6 +89,16 @@ class CostModel:
         """The kinds of cost that this model knows, in the order of every vector [K]."""
         return KINDS if self.latency is None else (*KINDS, LATENCY)
 
+    def with_families(self, together: Sequence[Sequence[int]]) -> CostModel:
+        """The same costs of other coordinates: number i removes equally many groups of every family in `together[i]`."""
+        columns = [self.slope[:, list(families)].sum(axis=1) for families in together]
+        return replace(
+            self,
+            families=tuple(self.families[families[0]] for families in together),
+            family_sizes=tuple(self.family_sizes[families[0]] for families in together),
+            slope=np.stack(columns, axis=1) if columns else self.slope[:, :0],
+        )
+
     def evaluate(self, removed: Sequence[int] | np.ndarray, bits: Sequence[float] | np.ndarray) -> dict[str, float]:
         """The costs: removed [F] groups, bits [Q]. Keys: macs, bops, params, bytes, exactly as `geta.cost` counts them; latency_ms."""
         sizes = [int(size) for size in self.base - self.slope @ np.asarray(removed, dtype=np.int64).reshape(-1)]

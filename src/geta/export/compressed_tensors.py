@@ -62,8 +62,8 @@ class CompressedTensorsReport:
 
 
 @dataclass
-class _File:
-    """What goes into the folder, as it is put together."""
+class PackedFile:
+    """What goes into the folder, as it is put together; the fields of `CompressedTensorsReport`, and `config`: `quantization_config`."""
 
     tensors: dict[str, Tensor] = field(default_factory=dict)
     packed: dict[str, int] = field(default_factory=dict)
@@ -71,6 +71,12 @@ class _File:
     inputs: dict[str, dict[str, Any]] = field(default_factory=dict)
     lost: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    config: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def input_bits(self) -> dict[str, int]:
+        """Bits of every quantized input that the configuration says."""
+        return {path: int(words["num_bits"]) for path, words in self.inputs.items()}
 
 
 @torch.no_grad()
@@ -86,23 +92,34 @@ def save_compressed_tensors(model: CompactModel, folder: str | Path, *, widths: 
     Raises ConfigError when the folder can't be written, its config.json is no JSON object or widths are impossible; BadModelError when no
     linear layer has integer weights or a weight's quantizer is not yet integers.
     """
-    chosen = _checked_widths(widths)
+    chosen = checked_widths(widths)
     target = Path(folder)
     settings = _settings_in(target)
-    file = _File()
-    networks = [copied(model.programs[mode].graph, model.tensors()) for mode in sorted(model.programs)]
-    linears = _add_weights(file, networks, chosen)
-    _add_inputs(file, networks[0], linears)
+    file = packed_file(model, chosen)
     if not file.packed:
         raise BadModelError(
             "no linear layer of this model has integer weights that can be packed, so there is nothing to write: "
             + ("; ".join(f"'{name}': {reason}" for name, reason in file.floating.items()) or "quantize the model before geta.compact")
         )
-    _add_others(file, networks, model.tensors())
-    settings["quantization_config"] = _quantization_config(file, networks[0])
+    settings["quantization_config"] = file.config
     size = _write(target, file.tensors, settings)
-    bits = {path: int(chosen["num_bits"]) for path, chosen in file.inputs.items()}
-    return CompressedTensorsReport(file.packed, file.floating, bits, file.lost, file.notes, size)
+    return CompressedTensorsReport(file.packed, file.floating, file.input_bits, file.lost, file.notes, size)
+
+
+@torch.no_grad()
+def packed_file(model: CompactModel, widths: Sequence[int], *, no_inputs: str = "") -> PackedFile:
+    """The tensors and the `quantization_config` that `save_compressed_tensors` writes, and what it reports; `packed` may be empty.
+
+    widths: as `checked_widths` returns them. no_inputs: why quantizers of inputs are left out as well; "" = they are not.
+    Raises BadModelError when a weight's quantizer is not yet integers.
+    """
+    file = PackedFile()
+    networks = [copied(model.programs[mode].graph, model.tensors()) for mode in sorted(model.programs)]
+    linears = _add_weights(file, networks, widths)
+    _add_inputs(file, networks[0], {} if no_inputs else linears, no_inputs or "it is not the input of a packed linear layer")
+    _add_others(file, networks, model.tensors())
+    file.config = _quantization_config(file, networks[0])
+    return file
 
 
 def pack_rows(codes: Tensor, bits: int) -> Tensor:
@@ -117,7 +134,7 @@ def pack_rows(codes: Tensor, bits: int) -> Tensor:
     return words[:, : -(-columns * bits // _WORD)].contiguous()
 
 
-def _add_weights(file: _File, networks: Sequence[Network], widths: Sequence[int]) -> dict[str, Linear]:
+def _add_weights(file: PackedFile, networks: Sequence[Network], widths: Sequence[int]) -> dict[str, Linear]:
     """Put in all integer weights; returns the packed layers."""
     packed: dict[str, Linear] = {}
     for network in networks:
@@ -164,8 +181,8 @@ def _refuse_unfinished(network: Network) -> None:
             )
 
 
-def _add_inputs(file: _File, network: Network, linears: Mapping[str, Linear]) -> None:
-    """Put in the quantizers of packed layers' inputs, and name all other quantizers of activations."""
+def _add_inputs(file: PackedFile, network: Network, linears: Mapping[str, Linear], other: str) -> None:
+    """Put in the quantizers of packed layers' inputs, and name all other quantizers of activations, for the reason `other`."""
     said: set[str] = set()
     narrow: list[str] = []
     for path, linear in linears.items():
@@ -196,7 +213,7 @@ def _add_inputs(file: _File, network: Network, linears: Mapping[str, Linear]) ->
         )
     for node in network.graph.nodes:
         if node.target in ACTIVATIONS and quantizer_name(node) not in said:
-            file.lost.setdefault(quantizer_name(node), "it is not the input of a packed linear layer")
+            file.lost.setdefault(quantizer_name(node), other)
 
 
 def _input_words(found: Input) -> tuple[dict[str, Any] | None, str]:
@@ -222,7 +239,7 @@ def _input_words(found: Input) -> tuple[dict[str, Any] | None, str]:
     }, ""
 
 
-def _add_others(file: _File, networks: Sequence[Network], tensors: Mapping[str, Tensor]) -> None:
+def _add_others(file: PackedFile, networks: Sequence[Network], tensors: Mapping[str, Tensor]) -> None:
     """All tensors that belong to no quantizer, as they are."""
     quantizers: set[str] = set()
     for network in networks:
@@ -235,7 +252,7 @@ def _add_others(file: _File, networks: Sequence[Network], tensors: Mapping[str, 
             file.tensors[name] = tensor
 
 
-def _quantization_config(file: _File, network: Network) -> dict[str, Any]:
+def _quantization_config(file: PackedFile, network: Network) -> dict[str, Any]:
     """Config groups: one per bit width of weights and kind of input, targets are exact module paths."""
     groups: dict[str, dict[str, Any]] = {}
     for path, bits in file.packed.items():
@@ -256,7 +273,8 @@ def _quantization_config(file: _File, network: Network) -> dict[str, Any]:
     }
 
 
-def _checked_widths(widths: Sequence[int]) -> list[int]:
+def checked_widths(widths: Sequence[int]) -> list[int]:
+    """Ascending widths, each once. Raises ConfigError for impossible ones."""
     if not widths or any(type(bits) is not int or not 2 <= bits <= BYTE for bits in widths):
         raise ConfigError(f"widths is {widths!r}: it must name at least one whole number of bits from 2 to {BYTE}, such as (4, 8)")
     return sorted(set(widths))

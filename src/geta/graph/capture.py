@@ -30,7 +30,7 @@ from geta.graph.measure import measure
 from geta.graph.names import canonical_module, canonical_name, find_tensor, unwrap
 from geta.graph.observers import switches_as_numbers
 from geta.graph.places import LineWantedError, first_line, line_of_error, lines_recorded
-from geta.graph.preserve import garbage_kept, known_dataclasses, mode_of, preserved
+from geta.graph.preserve import garbage_kept, known_dataclasses, mode_of, preserved, without_caches
 from geta.graph.regions import clean
 from geta.graph.shortcuts import shortcuts
 
@@ -87,7 +87,14 @@ def capture(
     """
     model = unwrap(model)
     args, kwargs = check_inputs(model, args, kwargs)
-    with garbage_kept(), preserved(model), mode_of(model, train), switches_as_numbers(model), known_dataclasses(model, (args, kwargs)):
+    with (
+        garbage_kept(),
+        preserved(model),
+        mode_of(model, train),
+        switches_as_numbers(model),
+        without_caches(model),
+        known_dataclasses(model, (args, kwargs)),
+    ):
         try:
             return _exported(model, args, kwargs, dynamic_shapes, train=train)
         except BadModelError as error:

@@ -21,7 +21,7 @@ from geta.graph.branches import QuantizerBranch, find_branches
 from geta.graph.capture import Capture, capture, check_inputs
 from geta.graph.coupling import build_families
 from geta.graph.explain import Explanation, explain
-from geta.graph.families import Family, Member, Selection
+from geta.graph.families import Family, Member, Selection, repeated
 from geta.graph.fingerprint import fingerprint
 from geta.graph.gates import with_gates
 from geta.graph.limits import Limits, protect_tensors, restrict, suggest, unused_granularity
@@ -114,21 +114,31 @@ class DependencyGraph:
         """
         return explain(self, name, dim, index)
 
-    def random_selection(self, sparsity: float = 0.5, seed: int = 0, multiple_of: int | str = 1) -> dict[str, torch.Tensor]:
+    def random_selection(
+        self, sparsity: float | tuple[float, float] = 0.5, seed: int = 0, multiple_of: int | str = 1, *, uniform: bool = False
+    ) -> dict[str, torch.Tensor]:
         """Remove a random share of every prunable family: {family name: BoolTensor[n], True = remove}.
 
-        The number kept is a multiple of `multiple_of` (or the whole family) and never zero. The name of a `geta.device_profile` instead
-        of a number aligns channels: of heads with 64 channels each any number is a multiple of 16 channels.
+        sparsity: the share, at least 0 and below 1; or a range (lowest, highest) from which each family draws its own.
+        multiple_of: the number kept is a multiple of this (or the whole family) and never zero. The name of a `geta.device_profile`
+            instead of a number aligns channels: of heads with 64 channels each any number is a multiple of 16 channels.
+        uniform: families that repeat across layers (`geta.graph.families.repeated`) draw one share together and lose equal numbers.
         """
-        if not 0 <= sparsity < 1:
-            raise ConfigError(f"sparsity is {sparsity}; it must be at least 0 and below 1")
+        low, high = sparsity if isinstance(sparsity, tuple) else (sparsity, sparsity)
+        if not 0 <= low <= high < 1:
+            raise ConfigError(f"sparsity is {sparsity}; it must be at least 0 and below 1 (a range: its lower end first)")
         resolve_multiple(multiple_of)
         generator = torch.Generator(device="cpu").manual_seed(seed)
+        shares: dict[str, float] = {}
+        families = self.prunable_families
+        for tie in (repeated(families) if uniform else [[family] for family in families]) if low < high else ():
+            drawn = low + (high - low) * float(torch.rand((), generator=generator, device="cpu", dtype=torch.float64))
+            shares.update({family.name: drawn for family in tie})
         selection = {}
-        for family in self.prunable_families:
+        for family in families:
             order = torch.randperm(family.size, generator=generator, device="cpu")
             remove = torch.zeros(family.size, dtype=torch.bool, device="cpu")
-            remove[order[family.kept(sparsity, multiple_of) :]] = True
+            remove[order[family.kept(shares.get(family.name, low), multiple_of) :]] = True
             selection[family.name] = remove
         return selection
 

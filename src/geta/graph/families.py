@@ -6,7 +6,7 @@ Legend: `n` groups of a family, `m` indices of one group along one parameter dim
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -95,3 +95,20 @@ class Family:
     def zeroed(self) -> tuple[Member, ...]:
         """The members whose slices must be zero for a removed group."""
         return tuple(member for member in self.members if member.zero)
+
+
+def repeated(families: Sequence[Family]) -> list[list[Family]]:
+    """Families that are the same part of different layers together; every family is in one list, most of a vision model's alone.
+
+    The same part: equal unit, number of groups, and tensors with equal dimensions and rows per group, where names may differ in numbers
+    between dots only (`layers.0.mlp.up.weight`, `layers.1.mlp.up.weight`). Lists, and families in them, are in the order given.
+    """
+    found: dict[tuple[Any, ...], list[Family]] = {}
+    for family in families:
+        members = sorted((_without_numbers(m.param), m.dim, int(m.index.shape[1])) for m in family.members)
+        found.setdefault((family.unit, family.size, tuple(members)), []).append(family)
+    return list(found.values())
+
+
+def _without_numbers(name: str) -> str:
+    return ".".join("*" if part.isdecimal() else part for part in name.split("."))

@@ -101,6 +101,28 @@ def _refill(container: Any, content: Any) -> None:
 
 
 @contextlib.contextmanager
+def without_caches(model: nn.Module) -> Iterator[None]:
+    """Let a model of transformers not return the keys and values that generation keeps: no part of what the network computes.
+
+    Only what its configuration asks for is held back, a `use_cache=True` in the call is not. The library is not imported for that.
+    """
+    library = sys.modules.get("transformers.configuration_utils")
+    if library is None:
+        yield
+        return
+    kind = getattr(library, "PreTrainedConfig", None) or library.PretrainedConfig  # the name before version 5
+    configs = [vars(module).get("config") for module in model.modules()]
+    asking = {id(one): one for one in configs if isinstance(one, kind) and vars(one).get("use_cache") is True}
+    try:
+        for config in asking.values():
+            config.use_cache = False
+        yield
+    finally:
+        for config in asking.values():
+            config.use_cache = True
+
+
+@contextlib.contextmanager
 def known_dataclasses(model: nn.Module, inputs: Any) -> Iterator[None]:
     """Tell torch how to look into the dataclasses that the model takes and returns; otherwise they could not be captured."""
     _register_all(inputs)

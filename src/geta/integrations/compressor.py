@@ -12,6 +12,7 @@ from geta.devices import resolve_multiple
 from geta.errors import ConfigError
 from geta.graph import DependencyGraph, analyze
 from geta.optim import QASSO, Budget, Schedule
+from geta.optim.setup import check_uniform
 from geta.quant import STE, BitsLike, Surrogate, end_layers, quantize
 from geta.subnet import CompactModel, compact
 
@@ -32,6 +33,7 @@ class Compressor:
     activation_bits: the same for activations; needs `calibration`, an iterable of real batches.
     end_bits:        other bit widths for the first and last layers (`geta.end_layers`), often 8; None = as the rest.
     multiple_of:     every family keeps a multiple of this many groups; or the name of a `geta.device_profile`: of its many channels.
+    uniform:         families that repeat across layers lose equal numbers of groups, see `geta.QASSO`.
     surrogate, granularity, exclude: as in `geta.quantize`. exact, dynamic_shapes, protect, prune: as in `geta.analyze`.
 
     Raises whatever `geta.analyze` and `geta.quantize` raise; ConfigError when the settings leave nothing to do.
@@ -51,6 +53,7 @@ class Compressor:
         end_bits: BitsLike | None = None,
         calibration: Iterable[Any] | None = None,
         multiple_of: int | str = 1,
+        uniform: bool = False,
         surrogate: Surrogate | None = None,
         granularity: Literal["tensor", "channel"] = "tensor",
         exclude: Sequence[str] | None = None,
@@ -78,6 +81,7 @@ class Compressor:
         self._sparsity = sparsity
         self._target = target
         self._multiple_of = multiple_of
+        self._uniform = check_uniform(uniform)
         self._optimizer: QASSO | None = None
         if quantized:
             excluded: Any = {} if exclude is None else {"exclude": exclude}
@@ -121,6 +125,7 @@ class Compressor:
             target=self._target,
             schedule=plan,
             multiple_of=self._multiple_of,
+            uniform=self._uniform,
             **(compression or {}),
         )
         return self._optimizer

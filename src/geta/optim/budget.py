@@ -118,7 +118,7 @@ class BudgetTarget:
     """A budget on its way to being met in one run. Plans once, from the scores of the first marking:
 
         min  sum of scores of removed groups / sum of all scores  +  bit_weight * mean over quantizers of noise(b)
-        s.t. costs of the compact model <= limits;  counts aligned, no family emptied;  b in [b_l, b_u]
+        s.t. costs of the compact model <= limits;  counts aligned, equal in each tie, no family emptied;  b in [b_l, b_u]
 
         noise(b) = q_m^(2t) / (12 levels(b)^2 E[x^2])      error of rounding relative to what is rounded; levels = q_m^t / d(b)
 
@@ -142,6 +142,8 @@ class BudgetTarget:
         self._index, self._options, self._quantizers, self._bits = index, selector.options, list(quantizers), list(bits)
         numbers = {name: number for number, name in enumerate(self.model.families)}
         self._family = [numbers[family.name] for family in index.families]
+        self._ties = sorted(selector.ties)
+        self._by_tie = self.model.with_families([[self._family[family] for family in tie] for tie in self._ties])
         self._place = {name: number for number, name in enumerate(self.model.quantizers)}
         self._check_feasible(selector.largest)
 
@@ -149,11 +151,13 @@ class BudgetTarget:
         """Plan from the scores of all groups and the weights as they are now."""
         noise = [self._noise(place) for place in range(len(self._quantizers))]
         coordinates = self._coordinates(scores_G, noise)
-        chosen = solve(self.model, coordinates, self.limits)
+        chosen = solve(self._by_tie, coordinates, self.limits)
         removed, bits = [0] * len(self._family), [bounds.upper for bounds in self._bits]
         positions = iter(chosen)
-        for family, options in enumerate(self._options):
-            removed[family] = int(options[next(positions)])
+        for tie in self._ties:
+            count = int(self._options[tie[0]][next(positions)])
+            for family in tie:
+                removed[family] = count
         for place in self._modelled():
             bits[place] = self._bits[place].widths[-1 - next(positions)]
         plan = Plan(tuple(removed), tuple(bits))
@@ -206,10 +210,11 @@ class BudgetTarget:
         total = float(scores.sum())
         scores = scores / total if total > 0 else np.full_like(scores, 1.0 / max(len(scores), 1))
         coordinates = []
-        for family, (number, options) in enumerate(zip(self._family, self._options, strict=True)):
-            mine = np.sort(scores[self._index.starts[family] : self._index.starts[family + 1]])
-            losses = np.concatenate([[0.0], np.cumsum(mine)])[options]
-            coordinates.append(Coordinate(number, False, np.array(options, dtype=np.int64), losses))
+        for number, tie in enumerate(self._ties):
+            options = np.array(self._options[tie[0]], dtype=np.int64)
+            ranked = (np.sort(scores[self._index.starts[family] : self._index.starts[family + 1]]) for family in tie)
+            losses = sum(np.concatenate([[0.0], np.cumsum(mine)])[options] for mine in ranked)
+            coordinates.append(Coordinate(number, False, options, np.asarray(losses)))
         used = self._modelled()
         for place in used:
             bits = np.array(self._bits[place].widths[::-1])
@@ -231,7 +236,7 @@ class BudgetTarget:
     def _check_feasible(self, multiple_of: int) -> None:
         groups = np.zeros(self._index.num_groups)
         flat = [np.zeros(len(bounds.widths)) for bounds in self._bits]
-        smallest = smallest_costs(self.model, self._coordinates(groups, flat))
+        smallest = smallest_costs(self._by_tie, self._coordinates(groups, flat))
         missed = [kind for kind, limit in self.limits.items() if not smallest[kind] <= limit]
         if not missed:
             return

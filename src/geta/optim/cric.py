@@ -49,7 +49,7 @@ class HESSOCRIC(StructuredOptimizer):
     During probe and cycles the model is an experiment: don't judge it by validation then.
     Scores can only be corrected by criteria that look at gradients: a magnitude never rises while its group is decayed.
 
-    base, graph, sparsity, multiple_of, saliency: as in `HESSO`.
+    base, graph, sparsity, multiple_of, uniform, saliency: as in `HESSO`.
     target:         a `geta.Budget` of costs instead of a sparsity: the first scores decide how many groups of each family are examined,
                     the corrected ones how many go in the end.
     schedule:       a `Schedule`, or the planned number of steps. A projection stage counts as warm-up; joint_periods has no effect.
@@ -63,8 +63,8 @@ class HESSOCRIC(StructuredOptimizer):
 
     Raises ConfigError for impossible settings, for parts that don't fit into the joint stage, and for a model with quantizers.
     Source: HESSO-CRIC (arXiv 2409.09085), section 4.
-    Deviation: with `multiple_of` > 1 membership in a trial set looks only at how many groups each family may lose; V_1 and the final
-    K are aligned exactly. V_(c+1) leaves the best group of a family that it would cover whole.
+    Deviation: with `multiple_of` > 1 or `uniform` membership in a trial set looks only at how many groups each family may lose; V_1 and
+    the final K are aligned and even exactly. V_(c+1) leaves the best group of a family that it would cover whole.
     """
 
     def __init__(  # noqa: PLR0913 - the fixed public interface, keywords only
@@ -76,6 +76,7 @@ class HESSOCRIC(StructuredOptimizer):
         target: Budget | None = None,
         schedule: Schedule | int,
         multiple_of: int | str = 1,
+        uniform: bool = False,
         saliency: SaliencyLike = None,
         max_cycles: int = 3,
         sampling_steps: int | None = None,
@@ -93,6 +94,7 @@ class HESSOCRIC(StructuredOptimizer):
             sparsity=sparsity_or_budget(sparsity, target),
             schedule=without_projection(as_schedule(schedule)),
             multiple_of=multiple_of,
+            uniform=uniform,
             saliency=saliency,
             bank=QuantizerBank([]),
             forgetting="uniform",

@@ -37,6 +37,7 @@ class HESSO(StructuredOptimizer):
     schedule:    a `Schedule`, or the planned number of steps. There is nothing to project, so that a projection stage counts
                  as warm-up.
     multiple_of: each family keeps a multiple of this many groups, or all; or the name of a `geta.device_profile`: of so many channels.
+    uniform:     families that repeat across layers lose equal numbers of groups, see `QASSO`.
     saliency:    see `geta.optim.saliency.Saliency`.
 
     Raises ConfigError for impossible settings, and for a model with quantizers, whose bit widths only `QASSO` keeps in range.
@@ -53,6 +54,7 @@ class HESSO(StructuredOptimizer):
         target: Budget | None = None,
         schedule: Schedule | int,
         multiple_of: int | str = 1,
+        uniform: bool = False,
         saliency: SaliencyLike = None,
     ) -> None:
         refuse_quantizers(graph, type(self).__name__)
@@ -62,6 +64,7 @@ class HESSO(StructuredOptimizer):
             sparsity=sparsity_or_budget(sparsity, target),
             schedule=without_projection(as_schedule(schedule)),
             multiple_of=multiple_of,
+            uniform=uniform,
             saliency=saliency,
             bank=QuantizerBank([]),
             forgetting="uniform",

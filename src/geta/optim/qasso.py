@@ -53,6 +53,8 @@ class QASSO(StructuredOptimizer):
                      {4, 8} allows these two alone: the last period before the cool-down brings each quantizer to the nearer one.
     schedule:        a `Schedule`, or the planned number of steps.
     multiple_of:     each family keeps a multiple of this many groups, or all; or the name of a `geta.device_profile`: of so many channels.
+    uniform:         families that repeat across layers (`geta.graph.families.repeated`: the MLPs of all decoder layers, say) lose equal
+                     numbers of groups, which ones may differ: then one Hugging Face configuration describes the result.
     saliency:        see `geta.optim.saliency.Saliency`.
     quant_lr:        learning rate of d, q_m and t (their group's `lr`, weight decay 0).
     forgetting:      "descent" (as published), "uniform", "cosine" or "blend", see `geta.optim.forget`.
@@ -76,6 +78,7 @@ class QASSO(StructuredOptimizer):
         activation_bits: BitsLike | None = None,
         schedule: Schedule | int,
         multiple_of: int | str = 1,
+        uniform: bool = False,
         saliency: SaliencyLike = None,
         quant_lr: float = 1e-3,
         forgetting: Forgetting = "blend",
@@ -94,6 +97,7 @@ class QASSO(StructuredOptimizer):
             sparsity=sparsity_or_budget(sparsity, target),
             schedule=plan,
             multiple_of=multiple_of,
+            uniform=uniform,
             saliency=saliency,
             bank=QuantizerBank(found),
             forgetting=rule,

@@ -1,7 +1,8 @@
 """Which groups become redundant: exactly K of them in the end, hardware alignment kept, no family emptied.
 
 With `multiple_of = m` the number of groups kept in each family is a multiple of m, or the whole family; with the name of a device profile
-m differs per family, so that what is kept is a multiple of the profile's number of channels. At each period the
+m differs per family, so that what is kept is a multiple of the profile's number of channels. Families that are tied lose equal numbers
+of groups, as a single number of a configuration says it (`geta.graph.families.repeated`). At each period the
 cheapest complete plan for the final K is made (cost = sum of scores, already pruned groups stay pruned), and its lowest-scored
 groups are marked until the running total is reached. So the last period always lands on an aligned, exactly counted result.
 
@@ -26,6 +27,8 @@ class Selector:
 
     sizes: groups per family. wanted: K as the user asked for. multiple_of: m, or the name of a device profile whose multiple of
     channels is kept. channels: of a group, per family (None: 1). multiples: m per family.
+    ties: lists of families (by place, all of one size and of equal channels) that lose equal numbers in the end; a family in none is
+    free. In `Selector.ties` every family is in exactly one.
     target: the K that will be met: the feasible count nearest to `wanted`, the smaller one of two equally near.
     note: in words, when `target` differs from `wanted`; otherwise "".
     counts: how many groups each family loses in the end, when that is fixed (`fix`); else None.
@@ -33,15 +36,28 @@ class Selector:
 
     counts: list[int] | None = None
 
-    def __init__(self, sizes: Sequence[int], wanted: int, multiple_of: int | str = 1, channels: Sequence[int] | None = None) -> None:
+    def __init__(
+        self,
+        sizes: Sequence[int],
+        wanted: int,
+        multiple_of: int | str = 1,
+        channels: Sequence[int] | None = None,
+        *,
+        ties: Sequence[Sequence[int]] = (),
+    ) -> None:
         resolve_multiple(multiple_of)
         self.multiples = [resolve_multiple(multiple_of, each) for each in (channels or [1] * len(sizes))]
         self.starts = np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)]).astype(np.int64)
         self.options = [removable_counts(size, multiple) for size, multiple in zip(sizes, self.multiples, strict=True)]
-        self.target = nearest_feasible(self.options, wanted)
+        tied = {family for tie in ties for family in tie}
+        self.ties = [*map(list, ties), *([family] for family in range(len(sizes)) if family not in tied)]
+        assert sorted(family for tie in self.ties for family in tie) == list(range(len(sizes))), ties
+        assert all(self.options[family] == self.options[tie[0]] for tie in self.ties for family in tie), ties
+        self.target = nearest_feasible([[len(tie) * count for count in self.options[tie[0]]] for tie in self.ties], wanted)
         self.note = ""
         if self.target != wanted:
             rule = "no family may be emptied" if self.largest == 1 else f"every family keeps a multiple of {self._words()} groups or all"
+            rule += " and families that repeat lose equal numbers" if self.binds else ""
             total = int(self.starts[-1])
             self.note = f"{wanted} of {total} groups were to be removed; {self.target} is the nearest possible, because {rule}"
 
@@ -54,6 +70,11 @@ class Selector:
     def alignment(self) -> int | list[int]:
         """m, or where families differ m of each."""
         return self.multiples[0] if len(set(self.multiples)) == 1 else self.multiples
+
+    @property
+    def binds(self) -> bool:
+        """Whether any families are tied to each other."""
+        return any(len(tie) > 1 for tie in self.ties)
 
     def _words(self) -> str:
         lowest = min(self.multiples)
@@ -81,17 +102,23 @@ class Selector:
         """Ids of all groups still to be removed to reach `target`, at the smallest sum of scores found."""
         ranked = [self._ranked(scores, pruned, f) for f in range(len(self.options))]
         done = [int(pruned[a:b].sum()) for a, b in pairwise(self.starts)]
-        steps = [[count - have for count in counts if count > have] for counts, have in zip(self.options, done, strict=True)]
         needed = self.target - sum(done)
         if self.counts is not None:
-            final = zip(ranked, self.counts, done, strict=True)
-            return np.concatenate([np.zeros(0, np.int64), *(ids[: count - have] for ids, count, have in final)])
-        if self.largest == 1:
-            candidates = np.concatenate([np.zeros(0, np.int64), *(ids[: len(step)] for ids, step in zip(ranked, steps, strict=True))])
+            left = zip(ranked, self.counts, done, strict=True)
+            return np.concatenate([np.zeros(0, np.int64), *(ids[: count - have] for ids, count, have in left)])
+        if self.largest == 1 and not self.binds:
+            most = [counts[-1] - have for counts, have in zip(self.options, done, strict=True)]
+            candidates = np.concatenate([np.zeros(0, np.int64), *(ids[:limit] for ids, limit in zip(ranked, most, strict=True))])
             return candidates[np.lexsort((candidates, scores[candidates]))][:needed]
-        costs = [np.concatenate([[0.0], np.cumsum(scores[ids])]) for ids in ranked]
-        counts = _cheapest_counts(steps, costs, needed, self.largest, stuck=self._misaligned(done))
-        return np.concatenate([np.zeros(0, np.int64), *(ids[:count] for ids, count in zip(ranked, counts, strict=True))])
+        sums = [np.concatenate([[0.0], np.cumsum(scores[ids])]) for ids in ranked]
+        ways = [_ways(self.options[tie[0]], [done[f] for f in tie], [sums[f] for f in tie]) for tie in self.ties]
+        longest = max(len(tie) * self.multiples[tie[0]] for tie in self.ties)
+        found = _cheapest_counts([steps for steps, _ in ways], [costs for _, costs in ways], needed, longest, stuck=self._misaligned(done))
+        chosen = [np.zeros(0, np.int64)]
+        for tie, count in zip(self.ties, found, strict=True):
+            final = (sum(done[f] for f in tie) + count) // len(tie)
+            chosen += [ranked[f][: final - done[f]] for f in tie]
+        return np.concatenate(chosen)
 
     def _ranked(self, scores: np.ndarray, pruned: np.ndarray, family: int) -> np.ndarray:
         ids: np.ndarray = np.arange(self.starts[family], self.starts[family + 1])
@@ -99,8 +126,8 @@ class Selector:
         return ids[np.argsort(scores[ids], kind="stable")]
 
     def _misaligned(self, done: list[int]) -> list[bool]:
-        """Families whose pruned count isn't allowed as a final one, so that they have to go on."""
-        return [have not in set(counts) for counts, have in zip(self.options, done, strict=True)]
+        """Ties whose pruned counts aren't allowed as final ones, so that they have to go on."""
+        return [len({done[f] for f in tie}) > 1 or done[tie[0]] not in set(self.options[tie[0]]) for tie in self.ties]
 
 
 def removable_counts(size: int, multiple_of: int) -> list[int]:
@@ -137,11 +164,23 @@ def _shifted(reachable: int, counts: Sequence[int]) -> int:
     return reachable | span
 
 
-def _cheapest_counts(steps: list[list[int]], costs: list[np.ndarray], needed: int, multiple_of: int, *, stuck: list[bool]) -> list[int]:
-    """How many further groups each family loses so that together they lose `needed`.
+def _ways(options: Sequence[int], done: Sequence[int], sums: Sequence[np.ndarray]) -> tuple[list[int], np.ndarray]:
+    """How many further groups the families of one tie may lose together (without 0), and what that many cost.
 
-    steps: allowed further counts per family (without 0). costs: cost of the first i groups of each family.
-    stuck: families that must not stop at 0.
+    options: how many each may lose in the end. done: how many it has lost. sums: cost of its next i groups.
+    """
+    finals = np.array([count for count in options if count >= max(done) and len(done) * count > sum(done)], dtype=np.int64)
+    steps = len(done) * finals - sum(done)
+    costs = np.zeros(int(steps.max(initial=0)) + 1)
+    costs[steps] = sum(each[finals - have] for each, have in zip(sums, done, strict=True))
+    return steps.tolist(), costs
+
+
+def _cheapest_counts(steps: list[list[int]], costs: list[np.ndarray], needed: int, multiple_of: int, *, stuck: list[bool]) -> list[int]:
+    """How many further groups each tie loses so that together they lose `needed`.
+
+    steps: allowed further counts per tie (without 0). costs: of losing so many further groups, by that number.
+    stuck: ties that must not stop at 0.
     Takes whole increments in the order of their mean score until a window before the end, then solves the rest exactly.
     """
     window = _FIRST_WINDOW * multiple_of

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from torch import nn
 
 from geta.errors import ConfigError
+from geta.graph.families import Family, repeated
 from geta.optim.groups import Graph
 from geta.optim.schedule import Schedule
 from geta.quant import Bits, BitsLike, Quantizer, fixed_quantizers, quantizers
@@ -23,6 +24,32 @@ def check_quant_lr(quant_lr: float) -> None:
     """Raise ConfigError unless the learning rate is finite and not negative."""
     if not 0.0 <= quant_lr < float("inf"):
         raise ConfigError(f"quant_lr is {quant_lr!r}: it must be finite and not negative")
+
+
+def check_uniform(uniform: bool) -> bool:
+    """The setting itself; ConfigError for what is neither True nor False."""
+    if not isinstance(uniform, bool):
+        raise ConfigError(f"uniform is {uniform!r}: it must be True (families that repeat across layers lose equal numbers) or False")
+    return uniform
+
+
+def ties_of(families: Sequence[Family]) -> list[list[int]]:
+    """Places of the families that repeat across layers, for `Selector`."""
+    place = {family.name: number for number, family in enumerate(families)}
+    return [[place[family.name] for family in tie] for tie in repeated(families)]
+
+
+def unevenly_prunable(graph: Graph) -> list[str]:
+    """In words, which families stay whole although others that are the same part of other layers don't."""
+    notes = []
+    for tie in repeated(graph.families):
+        whole = [family.name for family in tie if not family.prunable]
+        if 0 < len(whole) < len(tie):
+            notes.append(
+                f"uniform: {len(whole)} of {len(tie)} families that repeat can't be pruned (first: '{whole[0]}'), so that the others lose "
+                f"equal numbers, but layers come to differ all the same"
+            )
+    return notes
 
 
 def as_schedule(schedule: Schedule | int) -> Schedule:

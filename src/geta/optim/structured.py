@@ -23,7 +23,7 @@ from geta.optim.pruner import Pruner, on_host
 from geta.optim.saliency import Saliency, SaliencyLike
 from geta.optim.schedule import Schedule, Stage
 from geta.optim.selection import Selector
-from geta.optim.setup import check_sparsity, quantizer_parameters, refuse_unprunable
+from geta.optim.setup import check_sparsity, check_uniform, quantizer_parameters, refuse_unprunable, ties_of, unevenly_prunable
 from geta.optim.shards import is_sharded, local
 from geta.optim.wrapper import WrappingOptimizer, call_base
 from geta.quant import Bits
@@ -32,7 +32,7 @@ from geta.quant import Bits
 class StructuredOptimizer(WrappingOptimizer):
     """Common part of QASSO, HESSO and HESSO-CRIC; subclasses implement `step`.
 
-    base, graph, sparsity, schedule, multiple_of, saliency: as in `QASSO`.
+    base, graph, sparsity, schedule, multiple_of, saliency, uniform: as in `QASSO`.
     bank:       the quantizers whose weights are forgotten through their quantized value.
     forgetting: the rule of `geta.optim.forget`.
     target:     a budget instead of a sparsity (which is 0 then); bits: the final bounds of the bank's quantizers.
@@ -40,7 +40,7 @@ class StructuredOptimizer(WrappingOptimizer):
     Nothing of the base or the model is changed here. Raises ConfigError for impossible settings.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - what three public interfaces hand on, keywords only
         self,
         base: Optimizer,
         graph: Graph,
@@ -51,6 +51,7 @@ class StructuredOptimizer(WrappingOptimizer):
         saliency: SaliencyLike,
         bank: QuantizerBank,
         forgetting: Forgetting,
+        uniform: bool = False,
         target: Budget | None = None,
         bits: Sequence[Bits] = (),
     ) -> None:
@@ -62,7 +63,10 @@ class StructuredOptimizer(WrappingOptimizer):
         wanted = int(sparsity * self._index.num_groups)
         if sparsity > 0.0 and not self._index.num_groups:
             refuse_unprunable(graph, sparsity)
-        selector = Selector(self._index.sizes, wanted, multiple_of, [family.channels for family in self._index.families])
+        self._uniform = check_uniform(uniform)
+        families = self._index.families
+        ties = ties_of(families) if uniform else []
+        selector = Selector(self._index.sizes, wanted, multiple_of, [family.channels for family in families], ties=ties)
         if (selector.target or target) and not schedule.joint_steps:
             what = "a budget is to be met" if target else f"{selector.target} groups are to be removed"
             raise ConfigError(f"{what}, but the schedule has no joint stage: give schedule.joint > 0")
@@ -78,6 +82,8 @@ class StructuredOptimizer(WrappingOptimizer):
         self.notes = [*self._index.notes, *([selector.note] if selector.note else [])]
         if sparsity > 0.0 and wanted == 0:
             self.notes.append(f"sparsity {sparsity} of {self._index.num_groups} groups is less than one group: nothing is removed")
+        if uniform:
+            self.notes += unevenly_prunable(graph)
 
     def _compiled(self) -> GroupIndex:
         """The groups in the model as it is now."""
@@ -327,6 +333,7 @@ class StructuredOptimizer(WrappingOptimizer):
         """What a checkpoint must agree with, as plain data."""
         return {
             "schedule": self.schedule.to_dict(),
+            "uniform": self._uniform,
             "families": {family.name: family.size for family in self._index.families},
             "target_groups": self.target_groups if self._target is None else None,
             "target": None if self._target is None else self._target.budget.to_dict(),

@@ -15,7 +15,7 @@ from geta.errors import BadModelError, ConfigError
 from geta.graph.dependency import Analysis, DependencyGraph, analysed
 from geta.graph.families import Selection
 from geta.graph.names import canonical_name, find_tensor, unwrap
-from geta.graph.preserve import mode_of
+from geta.graph.preserve import mode_of, without_caches
 from geta.optim.shards import is_sharded
 from geta.quant.fixed import FixedQuantizer
 from geta.quant.quantizer import Quantizer
@@ -221,7 +221,7 @@ def _verified(model: nn.Module, graph: DependencyGraph, small: CompactModel, unc
         return replace(info, notes=[*info.notes, "not verified: the model or its inputs have no values (meta device)"])
     wide = needs_float64(small)
     dtype = torch.float64 if wide else torch.float32
-    with torch.no_grad(), mode_of(model, False):
+    with torch.no_grad(), mode_of(model, False), without_caches(model):
         own = pytree.tree_leaves(model(*args, **kwargs))
     _, captured_gap = max_difference(own, outputs(uncut, args, kwargs, double=False))
     _, gap = max_difference(*[outputs(one, args, kwargs, double=wide) for one in (uncut, small)])

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -43,6 +43,8 @@ class EagerProduct:
     kept:    {family: indices of the groups that stayed}.
     notes:   what the user should know, in words.
     max_difference: max |zeroed - this| / max |zeroed| on the example inputs.
+    attributes: the changes again, as data: those that are set on modules beside what a configuration decides.
+    undescribed: why no configuration describes this Hugging Face model, in words (one of the notes ends in it); "" where one does.
     """
 
     model: nn.Module
@@ -50,6 +52,8 @@ class EagerProduct:
     kept: dict[str, torch.Tensor]
     notes: list[str] = field(default_factory=list)
     max_difference: float = 0.0
+    attributes: list[Change] = field(default_factory=list)
+    undescribed: str = ""
 
 
 def compact_eager(model: nn.Module, graph: DependencyGraph, selection: Selection | None = None) -> EagerProduct:
@@ -72,10 +76,12 @@ def compact_eager(model: nn.Module, graph: DependencyGraph, selection: Selection
     if isinstance(product, str):
         raise BadModelError(f"there is no eager product of this {type(model).__name__}, use the graph product: {product}")
     if unfit:
-        unfit = f"model.config no longer describes the weights, so save_pretrained and from_pretrained don't fit together: {unfit}"
-        notes = [*notes, unfit]
+        notes = [
+            *notes,
+            f"model.config no longer describes the weights, so save_pretrained and from_pretrained don't fit together: {unfit}",
+        ]
     kept = {name: (~remove).nonzero().reshape(-1) for name, remove in selection.items()}
-    return EagerProduct(product.model, product.changes, kept, [*notes, *product.notes], product.max_difference)
+    return replace(product, kept=kept, notes=[*notes, *product.notes], undescribed=unfit)
 
 
 def _check_comparable(model: nn.Module, graph: DependencyGraph, selection: Selection) -> None:
@@ -214,7 +220,7 @@ class _Maker:
         lines = [str(change) for change in (*changes, *found)]
         if fit:
             lines += [*fit.numbers, *(str(change) for change in fit.changes if str(change) not in lines)]
-        return EagerProduct(small, lines, {}, notes, gap)
+        return EagerProduct(small, lines, {}, notes, gap, [*changes, *found])
 
     def _sliced(self) -> nn.Module | str:
         try:

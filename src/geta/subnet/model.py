@@ -14,7 +14,7 @@ import torch.utils._pytree as pytree
 from torch import fx, nn
 
 from geta.errors import BadModelError
-from geta.graph.capture import mode_of
+from geta.graph.preserve import mode_of, without_caches
 from geta.subnet.comparison import max_difference, needs_float64, outputs
 from geta.subnet.inference import lean
 from geta.subnet.program import Program
@@ -168,7 +168,7 @@ class CompactModel(nn.Module):
         Raises BadModelError when there is nothing to compare with.
         """
         if reference is not None:
-            with mode_of(reference, False), torch.no_grad():
+            with mode_of(reference, False), without_caches(reference), torch.no_grad():
                 expected = reference(*args, **kwargs)
                 return max_difference(pytree.tree_leaves(expected), pytree.tree_leaves(self.evaluate(*args, **kwargs)))[0]
         if self._uncut is None:
