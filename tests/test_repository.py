@@ -116,6 +116,7 @@ def code_blocks(document: str) -> list[str]:
         "docs/custom-ops.md",
         "docs/distributed.md",
         "docs/export.md",
+        "docs/frameworks.md",
         "docs/how-it-works.md",
         "docs/latency.md",
         "docs/optimizers.md",

@@ -75,5 +75,9 @@ def on_a_rank(rank: int, folder: str, port: int) -> dict[str, Tensor]:
     trainer.train()
     small = callback.finish()
     history = [record["loss"] for record in trainer.state.log_history if "loss" in record]
-    facts = {"steps": torch.tensor(trainer.state.max_steps), "losses": torch.tensor(history), "ranks": torch.tensor(trainer.args.world_size)}
+    facts = {
+        "steps": torch.tensor(trainer.state.max_steps),
+        "losses": torch.tensor(history),
+        "ranks": torch.tensor(trainer.args.world_size),
+    }
     return {**facts, **{name: tensor.clone() for name, tensor in small.tensors().items()}}

@@ -16,7 +16,7 @@ from transformers.optimization import get_scheduler
 import geta
 from geta.errors import ConfigError
 from geta.integrations.trainer import GetaCallback
-from trainer_runs import LANGUAGE, ROWS, SETTINGS, TOKENS, X, Mlp, made, model_of, on_a_rank
+from trainer_runs import LANGUAGE, ROWS, SETTINGS, TOKENS, Mlp, X, made, model_of, on_a_rank
 from two_ranks import on_two_ranks
 
 
@@ -214,6 +214,8 @@ def refused(tmp_path: Path, why: str) -> None:
         settings["max_steps"] = 3
         trainer.args.max_steps = 3
         callback._schedule = lambda steps: geta.Schedule(10)
+    if why == "early":
+        trainer.create_optimizer()
     if why == "late":
         trainer.create_optimizer = lambda *_: torch.optim.SGD(model.parameters(), lr=0.1)
         trainer.optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -230,6 +232,7 @@ def refused(tmp_path: Path, why: str) -> None:
         ("init", "makes its model itself"),
         ("twice", "already belongs to a Trainer"),
         ("short", "3 steps are left in this run and the schedule stands at step 0"),
+        ("early", "doesn't know its number of steps yet"),
         ("late", r"didn't make its optimizer through create_optimizer"),
     ],
 )

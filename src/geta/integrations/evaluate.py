@@ -169,9 +169,18 @@ def _captured_call(model: CompactModel) -> Callable[[Tensor], tuple[tuple[Any, .
 
 
 def _with_plain_weights(model: nn.Module) -> nn.Module:
-    """Quantized weights as ordinary parameters that hold the quantized values; tied ones are tied by the caller's `tie_weights`."""
-    for module in model.modules():
-        found: Any = getattr(module, "parametrizations", {})
-        for leaf in [name for name, steps in found.items() if any(isinstance(step, Quantizer | FixedQuantizer) for step in steps)]:
-            parametrize.remove_parametrizations(module, leaf, leave_parametrized=True)
+    """The copy `model` with ordinary parameters that hold the quantized values; whoever calls `tie_weights` ties them again.
+
+    `parametrize.remove_parametrizations` would take the property off the class, which copies share with the model they were made from.
+    """
+    for module in list(model.modules()):
+        if not parametrize.is_parametrized(module):
+            continue
+        lists: Any = module.parametrizations
+        if any(isinstance(step, Quantizer | FixedQuantizer) for steps in lists.values() for step in steps):
+            values = {leaf: getattr(module, leaf).detach().clone() for leaf in lists}
+            module.__class__ = parametrize.type_before_parametrizations(module)
+            del module._modules["parametrizations"]
+            for leaf, value in values.items():
+                module.register_parameter(leaf, nn.Parameter(value, requires_grad=False))
     return model

@@ -61,6 +61,7 @@ class GetaCallback(TrainerCallback):
         self._schedule = schedule or Schedule
         self._compression = compression
         self._attached = False
+        self._steps = 0
 
     def attach(self, trainer: Any) -> GetaCallback:
         """Let `trainer` train with the compressor's optimizer; returns this callback.
@@ -71,13 +72,19 @@ class GetaCallback(TrainerCallback):
         if self._attached:
             raise ConfigError("this callback already belongs to a Trainer: make a new Compressor and a new GetaCallback for another run")
         self._refuse(trainer)
-        make = trainer.create_optimizer
+        make, make_both = trainer.create_optimizer, trainer.create_optimizer_and_scheduler
 
-        def create_optimizer(*args: Any, **kwargs: Any) -> torch.optim.Optimizer:
-            optimizer: torch.optim.Optimizer = self._create(trainer, make, *args, **kwargs)
-            return optimizer
+        def create_optimizer(*args: Any, **kwargs: Any) -> Any:
+            if self.optimizer is None:
+                trainer.optimizer = self._wrapped(make(*args, **kwargs), self._steps or trainer.state.max_steps)
+            return trainer.optimizer
+
+        def create_optimizer_and_scheduler(num_training_steps: int) -> None:
+            self._steps = num_training_steps
+            make_both(num_training_steps)
 
         trainer.create_optimizer = create_optimizer
+        trainer.create_optimizer_and_scheduler = create_optimizer_and_scheduler  # what older versions call, before `state` knows the steps
         trainer.callback_handler.callbacks.insert(0, self)  # before those that print or send the logs
         _name_tied(self.compressor.model)
         self._attached = True
@@ -96,7 +103,8 @@ class GetaCallback(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Check that the run trains with our optimizer and goes on where it stands.
 
-        Raises ConfigError after a resume that lost the optimizer's state or parts of the model (PEFT), or when too few steps are left for the cool-down.
+        Raises ConfigError after a resume that lost the optimizer's state or parts of the model (PEFT), or when too few steps are left
+        for the cool-down.
         """
         if self.optimizer is None:
             raise ConfigError(
@@ -128,17 +136,11 @@ class GetaCallback(TrainerCallback):
         if message is not None:
             warnings.warn(message, stacklevel=2)
 
-    def _create(self, trainer: Any, make: Callable[..., torch.optim.Optimizer], *args: Any, **kwargs: Any) -> Any:
-        if self.optimizer is None:
-            steps = trainer.state.max_steps
-            if steps < 1:
-                raise ConfigError(
-                    "this version of transformers makes its optimizer before it knows the number of steps: install 5.0 or newer"
-                )
-            made = make(*args, **kwargs)
-            self.optimizer = self.compressor.wrap(made, schedule=self._schedule(steps), compression=self._compression)
-            trainer.optimizer = self.optimizer
-        return trainer.optimizer
+    def _wrapped(self, made: torch.optim.Optimizer, steps: int) -> QASSO:
+        if steps < 1:
+            raise ConfigError("the Trainer makes its optimizer and doesn't know its number of steps yet: call trainer.train() first")
+        self.optimizer = self.compressor.wrap(made, schedule=self._schedule(steps), compression=self._compression)
+        return self.optimizer
 
     def _refuse(self, trainer: Any) -> None:
         if trainer.model_init is not None:
