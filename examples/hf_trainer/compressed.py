@@ -56,5 +56,5 @@ callback = GetaCallback(compressor).attach(trainer)
 trainer.train(resume_from_checkpoint=args.resume)
 print(f"perplexity per byte {math.exp(trainer.evaluate()['eval_loss']):.3f}")
 small = callback.finish()
-print(f"{small.cost.params} parameters, {small.cost.weight_bytes} bytes of weights")
-small.save(f"{args.out}/small")
+if trainer.is_world_process_zero():
+    small.save(f"{args.out}/small")

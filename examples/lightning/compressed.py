@@ -58,4 +58,5 @@ trainer.fit(model, DataLoader(train, args.batch_size, shuffle=True), ckpt_path=a
 trainer.test(model, DataLoader(test, 360))
 small = model.compressor.finish()
 print(f"{small.cost.params} parameters, {small.cost.weight_bytes} bytes of weights")
-small.save(f"{args.out}/small")
+if trainer.is_global_zero:
+    small.save(f"{args.out}/small")

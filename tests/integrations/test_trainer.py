@@ -200,6 +200,8 @@ def refused(tmp_path: Path, why: str) -> None:
     optimizers: tuple[Any, Any] = (None, None)
     if why == "best":
         settings |= {"load_best_model_at_end": True, "eval_strategy": "steps", "save_strategy": "steps", "metric_for_best_model": "loss"}
+    if why == "finds":
+        settings["auto_find_batch_size"] = True
     if why == "wrapped":
         optimizers = (compressor.optimizer(torch.optim.SGD, lr=0.1, total_steps=10), None)
     if why == "scheduled":
@@ -231,6 +233,7 @@ def refused(tmp_path: Path, why: str) -> None:
     [
         ("another", "a Mlp that isn't the compressor's model"),
         ("best", "load_best_model_at_end may bring back"),
+        ("finds", "auto_find_batch_size changes the number of steps"),
         ("wrapped", "already wrapped"),
         ("scheduled", "learning-rate scheduler, which knows nothing"),
         ("init", "makes its model itself"),

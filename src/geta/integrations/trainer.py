@@ -67,7 +67,7 @@ class GetaCallback(TrainerCallback):
         """Let `trainer` train with the compressor's optimizer; returns this callback.
 
         Raises ConfigError for a Trainer of another model, one whose optimizer is wrapped already, and settings that can't work:
-        `load_best_model_at_end` (the best model may be one from before the cool-down), FSDP and DeepSpeed.
+        `load_best_model_at_end` (the best model may be one from before the cool-down), `auto_find_batch_size`, FSDP and DeepSpeed.
         """
         if self._attached:
             raise ConfigError("this callback already belongs to a Trainer: make a new Compressor and a new GetaCallback for another run")
@@ -157,6 +157,8 @@ class GetaCallback(TrainerCallback):
                 "the Trainer was given a learning-rate scheduler, which knows nothing of the quantizers' parameter group: pass "
                 "optimizers=(optimizer, None) and name the scheduler in TrainingArguments(lr_scheduler_type=...)"
             )
+        if trainer.args.auto_find_batch_size:
+            raise ConfigError("auto_find_batch_size changes the number of steps after the schedule was made for it: choose a batch size")
         if trainer.args.load_best_model_at_end:
             raise ConfigError(
                 "load_best_model_at_end may bring back a model from before the cool-down, whose groups and bit widths aren't final: "
