@@ -67,9 +67,9 @@ def made(kind: str, out: Path, **settings: Any) -> tuple[Trainer, GetaCallback]:
     return trainer, GetaCallback(compressor).attach(trainer)
 
 
-def on_a_rank(rank: int, folder: str, port: int) -> dict[str, Tensor]:
+def on_a_rank(rank: int, folder: str) -> dict[str, Tensor]:
     """Train on two ranks that each see half of every batch."""
-    names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}  # the two have met before this is called
     os.environ.update({name: str(value) for name, value in names.items()})
     trainer, callback = made("mlp", Path(folder), per_device_train_batch_size=2, num_train_epochs=2, ddp_backend="gloo", seed=3)
     trainer.train()
