@@ -127,6 +127,17 @@ def test_other_reasons_are_told_before_a_wish_and_kernels_stay_hidden() -> None:
     assert [one.suggestion for one in graph.families if one.name in ("conv1 (inputs)", "head")] == ["", ""]
 
 
+def test_one_dimension_alone_can_be_protected() -> None:
+    """`conv10:1` are the channels that it reads, those of the convolution before; what it makes may go."""
+    made, read = (analyze(Plain(), IMAGE, protect=[glob]) for glob in ("conv10:0", "conv10.weight:1"))
+    assert [name for name, _, _ in prunable(made)] == ["conv1", "body.1"]
+    assert [name for name, _, _ in prunable(read)] == ["conv10", "body.1"]
+    assert family(read, "conv1").reason == "was protected by protect='conv10.weight:1'"
+    assert family(read, "conv1").suggestion == "take 'conv10.weight:1' out of protect"
+    with pytest.raises(ConfigError, match=r"protect='conv10:4': none of the 2 tensors has a dimension 4"):
+        analyze(Plain(), IMAGE, protect=["conv10:4"])
+
+
 def test_a_tied_tensor_is_protected_by_any_of_its_names() -> None:
     class Tied(nn.Module):
         def __init__(self) -> None:

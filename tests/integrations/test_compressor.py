@@ -63,6 +63,26 @@ def test_pruning_alone_is_the_zeroed_model():
     torch.testing.assert_close(small(IMAGES), model(IMAGES), rtol=1e-5, atol=1e-5)
 
 
+def test_an_optimizer_of_ones_own_is_wrapped():
+    model = small_net()
+    compressor = geta.Compressor(model, (IMAGES,), sparsity=0.5)
+    assert compressor.progress() is None
+    assert compressor.trained_by is None
+    layers = [{"params": model[0].parameters(), "lr": 0.01}, {"params": [*model[1:].parameters()], "lr": 0.1}]
+    base = torch.optim.SGD(layers, momentum=0.9)
+    optimizer = compressor.wrap(base, total_steps=40, compression={"quant_lr": 1e-4})
+    assert optimizer.base is base
+    assert compressor.trained_by is optimizer
+    assert [group["lr"] for group in optimizer.param_groups] == [0.01, 0.1, 1e-4]
+    train(model, optimizer, 40)
+    assert compressor.progress() == optimizer.progress()
+    assert type(compressor.finish("eager")) is nn.Sequential
+    with pytest.raises(ConfigError, match="already has its optimizer"):
+        compressor.wrap(base, total_steps=40)
+    with pytest.raises(ConfigError, match="exactly one of total_steps"):
+        geta.Compressor(small_net(), (IMAGES,), sparsity=0.5).wrap(base)
+
+
 def test_settings_of_the_compression_reach_the_optimizer():
     compressor = geta.Compressor(small_net(), (IMAGES,), sparsity=0.5)
     with pytest.raises(TypeError, match="no_such_setting"):

@@ -247,6 +247,7 @@ def analyze(
     dynamic_shapes: as for `torch.export.export`; None = the batch dimension is left open where the model allows it.
     protect: globs of tensors that keep their shape (`"head"`, `"layer1.*"`, `"*.attn"`, `"encoder.fc.weight"`): matched with
             full tensor names and with the paths of the modules around them, so a module's glob covers all that is inside it.
+            `"*.lora_A.*:0"` protects only dimension 0 of them, here the ranks of low-rank adapters.
     prune:  the units to prune, as `Family.unit` has them ("channels", "heads", "neurons", "norm groups" ...; "heads" covers
             key-value groups); families of other units stay. None = all.
     granularity: what one group is, for the whole model or as {glob of module paths: value}; the first glob that matches counts.

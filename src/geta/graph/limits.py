@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
 import numpy as np
+import torch
 from torch import fx, nn
 
 from geta.errors import ConfigError
@@ -26,6 +27,7 @@ from geta.graph.solver import Partition
 GRANULARITIES = ("head", "head_dim", "group", "channel")
 UNITS = ("channels", "heads", "head dims", "neurons", "norm groups", "features", "entries", "rows")
 """The words that `prune` understands; "heads" covers "key-value groups", the heads of grouped-query attention."""
+_ONE_DIM = re.compile(r"^(?P<glob>.+):(?P<dim>\d+)$")
 _UNKNOWN_OP = re.compile(r"^operator (\S+?)\.(\S+) at .* has no rule(?: and .*)?$")
 
 
@@ -58,15 +60,20 @@ class Limits:
         """What a group is to be in the module `path`: the value of the first glob that matches it or a module around it, or ""."""
         return next((value for glob, value in self.granularity if _matches(glob, path)), "")
 
-    def protected(self, model: nn.Module) -> dict[str, str]:
-        """Canonical tensor name -> the glob that protects it. Raises ConfigError for a glob that matches no tensor."""
-        names = tensor_names(model)
-        found: dict[str, str] = {}
-        for glob in self.protect:
-            matched = [name for name in names if _matches(glob, name)]
+    def protected(self, model: nn.Module) -> dict[tuple[str, int], str]:
+        """(canonical tensor name, dimension) -> what protects it. Raises ConfigError for a glob that matches no such dimension."""
+        sizes = {name: tensor.dim() for name, tensor in named_tensors(model)}
+        found: dict[tuple[str, int], str] = {}
+        for given in self.protect:
+            one = _ONE_DIM.match(given)
+            glob = one["glob"] if one else given
+            matched = [name for name in sizes if _matches(glob, name)]
             if not matched:
-                raise ConfigError(f"protect='{glob}' matches no tensor and no module that has one{nearest(glob, model)}")
-            found = {**dict.fromkeys(matched, glob), **found}
+                raise ConfigError(f"protect='{given}' matches no tensor and no module that has one{nearest(glob, model)}")
+            places = [(name, dim) for name in matched for dim in range(sizes[name]) if one is None or dim == int(one["dim"])]
+            if not places and one is not None:
+                raise ConfigError(f"protect='{given}': none of the {len(matched)} tensors has a dimension {one['dim']} (0 is the first)")
+            found = {**dict.fromkeys(places, given), **found}
         return found
 
     def check(self, model: nn.Module) -> None:
@@ -96,10 +103,15 @@ def _matches(glob: str, name: str) -> bool:
             return False
 
 
-def tensor_names(model: nn.Module) -> list[str]:
-    """Canonical names of all parameters and buffers, all names of tied ones included."""
+def named_tensors(model: nn.Module) -> list[tuple[str, torch.Tensor]]:
+    """All parameters and buffers with their canonical names, all names of tied ones included."""
     named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
-    return [canonical_name(name) for name, _ in named]
+    return [(canonical_name(name), tensor) for name, tensor in named]
+
+
+def tensor_names(model: nn.Module) -> list[str]:
+    """The names of `named_tensors`."""
+    return [name for name, _ in named_tensors(model)]
 
 
 def module_paths(model: nn.Module) -> list[str]:
@@ -123,15 +135,15 @@ def protected_reason(glob: str) -> str:
 
 
 def protect_tensors(found: Propagation, model: nn.Module, limits: Limits) -> None:
-    """Add to what propagation learnt that no dimension of a protected tensor may shrink."""
+    """Add to what propagation learnt that no protected dimension may shrink."""
     if not limits.protect:
         return
     first = first_names(model)
-    globs = {first[name]: glob for name, glob in limits.protected(model).items()}
+    globs = {(first[name], dim): glob for (name, dim), glob in limits.protected(model).items()}
     for owner in found.space.owners:
-        if owner.tensor in globs:
+        if (owner.tensor, owner.dim) in globs:
             labels = np.arange(owner.start, owner.start + owner.size)
-            found.constraints.wishes.append((labels, protected_reason(globs[owner.tensor])))
+            found.constraints.wishes.append((labels, protected_reason(globs[owner.tensor, owner.dim])))
 
 
 def unused_granularity(found: Propagation, limits: Limits) -> list[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, overload
 
 import torch
 from torch import nn
@@ -11,10 +11,12 @@ from torch import nn
 from geta.devices import resolve_multiple
 from geta.errors import ConfigError
 from geta.graph import DependencyGraph, analyze
+from geta.integrations.forward import own_forward
 from geta.optim import QASSO, Budget, Schedule
 from geta.optim.setup import check_uniform
 from geta.quant import STE, BitsLike, Surrogate, end_layers, quantize
 from geta.subnet import CompactModel, compact
+from geta.subnet.compact import Product
 
 
 class Compressor:
@@ -113,28 +115,79 @@ class Compressor:
 
         Raises ConfigError when called twice, or when not exactly one of `total_steps` and `schedule` is given.
         """
+        plan = self._plan(total_steps, schedule)
+        return self._wrapped(optimizer_class(self.model.parameters(), **options), plan, compression or {})
+
+    def wrap(
+        self,
+        base: torch.optim.Optimizer,
+        *,
+        total_steps: int | None = None,
+        schedule: Schedule | None = None,
+        compression: Mapping[str, Any] | None = None,
+    ) -> QASSO:
+        """The same around an optimizer that exists already, for training code that makes its own (parameter groups, Lightning, Trainer).
+
+        base: any torch optimizer over the model's parameters, made after this compressor; without a learning-rate scheduler yet, because
+              quantizers get a parameter group of their own here. The other arguments: as in `optimizer`, with the same errors.
+        """
+        return self._wrapped(base, self._plan(total_steps, schedule), compression or {})
+
+    def _plan(self, total_steps: int | None, schedule: Schedule | None) -> Schedule:
         if self._optimizer is not None:
             raise ConfigError("this compressor already has its optimizer: make a new Compressor for another run")
         if (total_steps is None) == (schedule is None):
             raise ConfigError("give exactly one of total_steps=... (the default schedule of that length) and schedule=geta.Schedule(...)")
-        plan = schedule if schedule is not None else Schedule(total_steps=total_steps or 0)
+        return schedule if schedule is not None else Schedule(total_steps=total_steps or 0)
+
+    def _wrapped(self, base: torch.optim.Optimizer, plan: Schedule, compression: Mapping[str, Any]) -> QASSO:
         self._optimizer = QASSO(
-            optimizer_class(self.model.parameters(), **options),
+            base,
             self.graph,
             sparsity=self._sparsity,
             target=self._target,
             schedule=plan,
             multiple_of=self._multiple_of,
             uniform=self._uniform,
-            **(compression or {}),
+            **compression,
         )
         return self._optimizer
 
-    def finish(self) -> CompactModel:
+    @property
+    def trained_by(self) -> QASSO | None:
+        """The optimizer that `optimizer` or `wrap` made; None before."""
+        return self._optimizer
+
+    def progress(self) -> dict[str, Any] | None:
+        """`QASSO.progress()` of the run: step, stage, groups, mean bits; None as long as there is no optimizer."""
+        return None if self._optimizer is None else self._optimizer.progress()
+
+    @overload
+    def finish(self, product: Literal["graph"] = "graph") -> CompactModel: ...
+
+    @overload
+    def finish(self, product: Literal["eager", "auto"]) -> nn.Module: ...
+
+    def finish(self, product: Product = "graph") -> nn.Module:
         """Build the compact network from the trained model, verified against it.
+
+        product: "graph", a `CompactModel`; "eager", a smaller instance of the model's own class; "auto", that one if there is one:
+                 see `geta.compact`.
 
         Raises ConfigError when there is no optimizer yet or training has not reached the cool-down, the stage in which the
         removed groups are zero and every bit width is an integer; GetaError when the network costs more than the budget.
+        """
+        self.check()
+        with own_forward(self.model):
+            small = compact(self.model, self.graph, product=product)
+        if self._target is not None and self._optimizer is not None and isinstance(small, CompactModel):
+            self._optimizer.check_cost(small.cost)
+        return small
+
+    def check(self) -> None:
+        """Assert that training has kept what was promised: exactly K zero groups, integer bit widths in their ranges, costs as planned.
+
+        Raises what `finish` raises.
         """
         if self._optimizer is None:
             raise ConfigError("nothing was trained: call optimizer(...), train the model with it, then finish()")
@@ -145,7 +198,3 @@ class Compressor:
                 "cool-down; train on, or plan fewer total_steps"
             )
         self._optimizer.check()
-        small = compact(self.model, self.graph)
-        if self._target is not None:
-            self._optimizer.check_cost(small.cost)
-        return small

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from geta.errors import BadModelError, ConfigError
 from geta.graph.names import unwrap
+from geta.integrations.forward import logits_of
 
 Measure = Literal["kl", "mse"]
 
@@ -54,7 +55,7 @@ class Distillation:
             raise ConfigError(f"measure is {measure!r}: it must be 'kl' or 'mse'")
         self.teacher = copy.deepcopy(unwrap(teacher)).eval().requires_grad_(False)
         self.weight, self.temperature, self.measure = float(weight), float(temperature), measure
-        self._scores = _logits if scores is None else scores
+        self._scores = _scores_of if scores is None else scores
 
     def __call__(self, loss: Tensor, output: Any, /, *args: Any, **kwargs: Any) -> Tensor:
         """The mixed loss, a scalar.
@@ -81,14 +82,5 @@ class Distillation:
         return F.kl_div(given, wanted, reduction="batchmean", log_target=True) * self.temperature**2
 
 
-def _logits(output: Any) -> Tensor:
-    """The tensor to compare: the output itself, or its `logits`."""
-    if isinstance(output, Tensor):
-        return output
-    found = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
-    if not isinstance(found, Tensor):
-        raise ConfigError(
-            f"the model returned {type(output).__name__}, which is no tensor and has no 'logits': say which tensor to compare with "
-            f"Distillation(..., scores=lambda output: ...)"
-        )
-    return found
+def _scores_of(output: Any) -> Tensor:
+    return logits_of(output, "say which tensor to compare with Distillation(..., scores=lambda output: ...)")
