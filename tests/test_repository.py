@@ -118,6 +118,7 @@ def code_blocks(document: str) -> list[str]:
         "docs/export.md",
         "docs/how-it-works.md",
         "docs/latency.md",
+        "docs/memory.md",
         "docs/optimizers.md",
     ],
 )

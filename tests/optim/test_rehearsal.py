@@ -28,7 +28,7 @@ BASES = {
     "nadam": lambda p, **more: torch.optim.NAdam(p, lr=0.01, **more),
     "radam": lambda p, **more: torch.optim.RAdam(p, lr=0.01, **more),
     "adamax": lambda p, **more: torch.optim.Adamax(p, lr=0.01, **more),
-    "adadelta": lambda p, **more: torch.optim.Adadelta(p, **more),
+    "adadelta": torch.optim.Adadelta,
     "adagrad": lambda p, **more: torch.optim.Adagrad(p, lr=0.01, **more),
     "asgd": lambda p, **more: torch.optim.ASGD(p, lr=0.01, **more),
     "rmsprop": lambda p, **more: torch.optim.RMSprop(p, lr=0.01, momentum=0.5, centered=True, **more),

@@ -54,7 +54,7 @@ def costs_in_words(graph: DependencyGraph) -> str:
         return f"costs are not counted: {error}"
 
 
-def analyze_command(
+def analyze_command(  # noqa: PLR0913 - one parameter per option
     *,
     target: Annotated[str, typer.Argument(help="python.path:factory, timm:NAME or hf:CONFIG_OR_PATH.", show_default=False)],
     input_shape: Annotated[str | None, typer.Option(help="Shape of one random input, batch first, e.g. 1,3,224,224.")] = None,

@@ -1,7 +1,8 @@
 """A memory plan: what training a model with geta takes on each GPU, before anything is allocated.
 
-Exact are the bytes of tensors that live from step to step: their shapes follow from the model, the optimizer and `fully_shard`. Estimated is
-what comes and goes, because kernels, prefetching and which groups are marked decide it; what is assumed is said beside each number.
+Exact are the bytes of tensors that live from step to step: their shapes follow from the model, the optimizer and `fully_shard`.
+Estimated is what comes and goes, because kernels, prefetching and which groups are marked decide it; what is assumed is said beside
+each number.
 """
 
 from __future__ import annotations
@@ -106,7 +107,7 @@ class MemoryPlan:
         return "\n".join(lines)
 
 
-def memory_plan(
+def memory_plan(  # noqa: PLR0913 - keywords only, as they are given to what is planned
     graph: DependencyGraph,
     optimizer: OptimizerFactory = torch.optim.AdamW,
     *,
@@ -211,15 +212,15 @@ def _gathered(layout: Layout) -> tuple[MemoryLine, ...]:
 def _kept(saved: Saved, gpus: int) -> tuple[MemoryLine, ...]:
     words = "whole, kept for the backward pass" + (", though their masters are sharded" if gpus > 1 else "")
     return (
-        MemoryLine("activations", sum(saved.activations.values()), False, "what autograd saves, by the captured graph"),
-        MemoryLine("quantized weights", sum(saved.weights.values()), False, words),
+        MemoryLine("activations", saved.activations, False, "what autograd saves, by the captured graph"),
+        MemoryLine("quantized weights", saved.weights, False, words),
         _result(saved),
     )
 
 
 def _kept_of_blocks(saved: Saved) -> tuple[MemoryLine, ...]:
-    weights = max((size for place, size in saved.weights.items() if place), default=0)
-    words = f"inputs of the blocks, the largest block's own with its quantized weights ({_readable(weights)}), and all outside of blocks"
+    weights = _readable(saved.recomputed_weights)
+    words = f"inputs of the blocks, the largest block's own with its quantized weights ({weights}), and all outside of blocks"
     return (MemoryLine("activations of checkpointed blocks", saved.checkpointed, False, words), _result(saved))
 
 

@@ -6,8 +6,8 @@ keeps. Parameters, buffers and inputs exist anyway and don't count.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,32 +22,28 @@ from geta.graph.capture import Capture
 _QUANTIZERS = ("geta.fake_quantize.default", "geta.lsq_quantize.default")
 
 
-@dataclass
+@dataclass(frozen=True)
 class Saved:
     """Bytes that are kept from forward to backward, without the model's own tensors and its inputs.
 
-    activations:  by place: the block (its module path) that keeps them first, "" outside of all blocks.
-    weights:      quantized values of weights, likewise.
+    activations:  all but `weights`. weights: quantized values of weights.
     block_inputs: activations that enter blocks, which is what activation checkpointing keeps of these.
+    outside:      of the rest, what no block keeps. recomputed: what the largest block keeps, recomputed_weights of it quantized weights.
     result:       of the model's outputs.
     """
 
-    activations: dict[str, int] = field(default_factory=dict)
-    weights: dict[str, int] = field(default_factory=dict)
-    block_inputs: int = 0
-    result: int = 0
-
-    @property
-    def everything(self) -> int:
-        """Without checkpointing."""
-        return sum(self.activations.values()) + sum(self.weights.values())
+    activations: int
+    weights: int
+    block_inputs: int
+    outside: int
+    recomputed: int
+    recomputed_weights: int
+    result: int
 
     @property
     def checkpointed(self) -> int:
         """With every block checkpointed: their inputs, what lies outside of them, and one block that is computed again."""
-        places = {*self.activations, *self.weights}
-        whole = {place: self.activations.get(place, 0) + self.weights.get(place, 0) for place in places}
-        return self.block_inputs + whole.pop("", 0) + max(whole.values(), default=0)
+        return self.block_inputs + self.outside + self.recomputed
 
 
 def saved_bytes(model: nn.Module, captured: Capture, inputs: tuple[tuple[Any, ...], dict[str, Any]], blocks: Sequence[str]) -> Saved:
@@ -55,16 +51,16 @@ def saved_bytes(model: nn.Module, captured: Capture, inputs: tuple[tuple[Any, ..
 
     Raises UnsupportedOpError for an operator whose shapes can't be found.
     """
-    return _Run(model, captured, inputs, blocks).saved
+    return _Run(model, captured, inputs, blocks).saved()
 
 
 class _Run:
     def __init__(self, model: nn.Module, captured: Capture, inputs: tuple[tuple[Any, ...], dict[str, Any]], blocks: Sequence[str]) -> None:
-        self.saved = Saved()
         self._captured, self._blocks = captured, frozenset(blocks)
         self._places: dict[str, str] = {}
         self._seen: dict[int, Any] = {}  # storages, kept alive so that their addresses stay theirs
-        self._place, self._of_weight = "", False
+        self._place, self._result = "", 0
+        self._quantized: set[int] = set()
         self._existing: set[int] = set()
         self._packed: dict[int, str] = {}  # storage -> the place that keeps it first
         self._made_in: dict[int, str] = {}  # storage -> the place that computes it
@@ -78,26 +74,40 @@ class _Run:
         stored = dict(zip(names, tensors, strict=True))
         free = iter(inputs)
         values: dict[fx.Node, Any] = {}
-        quantized: set[int] = set()
         with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(self._pack, lambda packed: packed):
             for node in self._captured.graph.nodes:
                 if node.op == "placeholder":
                     values[node] = self._fake(stored[node.name] if node.name in stored else next(free))
                 elif node.op == "call_function":
                     self._place = self._block(self._captured.module_path(node))
-                    self._of_weight = str(node.target) in _QUANTIZERS and node.args[0] in self._stored
                     self._enter(node, values)
                     values[node] = self._call(node, values)
                     for leaf in _tensors(values[node]):
                         self._made_in.setdefault(self._key(leaf), self._place)
-                        if self._of_weight:
-                            quantized.add(self._key(leaf))
+                        if str(node.target) in _QUANTIZERS and node.args[0] in self._stored:
+                            self._quantized.add(self._key(leaf))
                 elif node.op == "output":
                     result = [leaf for leaf in _tensors(fx.map_arg(node.args, values.__getitem__)) if leaf.is_floating_point()]
-                    self.saved.result = sum(leaf.numel() * leaf.element_size() for leaf in result)
-        for key, place in self._packed.items():
-            kind = self.saved.weights if key in quantized else self.saved.activations
-            kind[place] = kind.get(place, 0) + self._seen[key].nbytes()
+                    self._result = sum(leaf.numel() * leaf.element_size() for leaf in result)
+
+    def saved(self) -> Saved:
+        """What was kept, added up."""
+        rest = {key: place for key, place in self._packed.items() if key not in self._entered}
+        own = {place: [key for key in rest if rest[key] == place] for place in dict.fromkeys(rest.values())}
+        outside = own.pop("", [])
+        largest = max(own.values(), key=self._bytes, default=[])
+        return Saved(
+            activations=self._bytes(key for key in self._packed if key not in self._quantized),
+            weights=self._bytes(key for key in self._packed if key in self._quantized),
+            block_inputs=self._bytes(self._entered),
+            outside=self._bytes(outside),
+            recomputed=self._bytes(largest),
+            recomputed_weights=self._bytes(key for key in largest if key in self._quantized),
+            result=self._result,
+        )
+
+    def _bytes(self, keys: Iterable[int]) -> int:
+        return sum(self._seen[key].nbytes() for key in keys)
 
     def _call(self, node: fx.Node, values: dict[fx.Node, Any]) -> Any:
         args, kwargs = fx.map_arg((off_meta(node.args), off_meta(node.kwargs)), values.__getitem__)
@@ -127,13 +137,12 @@ class _Run:
         return tensor
 
     def _enter(self, node: fx.Node, values: dict[fx.Node, Any]) -> None:
-        """Count what a block takes from outside, each storage once."""
+        """Note what a block takes from outside."""
         for source in node.all_input_nodes if self._place else ():
             for leaf in _tensors(values[source]):
                 key = self._key(leaf)
-                if key not in self._existing and self._made_in.get(key) != self._place and key not in self._entered:
+                if key not in self._existing and self._made_in.get(key) != self._place:
                     self._entered.add(key)
-                    self.saved.block_inputs += self._seen[key].nbytes()
 
     def _key(self, tensor: Tensor) -> int:
         storage = tensor.untyped_storage()
