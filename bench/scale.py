@@ -1,6 +1,7 @@
 """How large a model the analysis takes: language models of 7 to 70 billion parameters without weights, `python -m bench.scale`.
 
-Every model is built on the meta device and analysed in a process of its own, example ids [1, 16]. Prints a table, then writes
+Every model is built on the meta device and analysed in a process of its own, example ids [1, 16]; then its costs are counted and the
+memory of training it on 8 GPUs is planned. Prints a table, then writes
 bench/results/scale_<date>.md and, with the time over the number of layers, scale_<date>.svg. `--only GLOB` picks models;
 `--one NAME` is what the processes run.
 """
@@ -24,30 +25,36 @@ from geta.report.files import prepare_folder, write_atomically
 from .facts import RESULTS, dated, machine, table, versions
 
 ROOT = Path(__file__).resolve().parents[1]
-SEQUENCE = 16
+SEQUENCE, TOKENS, GPUS = 16, 4096, 8
 _GROWTH = (2, 4, 8, 16, 32)
 _LLAMA_7B = {"hidden_size": 4096, "intermediate_size": 11008, "num_attention_heads": 32, "num_key_value_heads": 32}
 _LLAMA_70B = {"hidden_size": 8192, "intermediate_size": 28672, "num_attention_heads": 64, "num_key_value_heads": 8}
+_LLAMA_8B = {"hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256}
+_QWEN_8B = {**_LLAMA_8B, "intermediate_size": 12288, "head_dim": 128, "vocab_size": 151936}
 _MIXTRAL = {"hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32, "num_key_value_heads": 8, "num_local_experts": 8}
 _HEADER = (
-    *("model", "layers", "parameters", "build, s", "capture, s", "analysis, s", "capture + analysis, s", "whole process, s", "peak, GB"),
+    *("model", "layers", "parameters", "build, s", "capture, s", "analysis, s", "capture + analysis, s", "costs, s"),
+    *("families and costs, CPU s", "memory plan, s", "whole process, s", "peak, GB", "peak with plan, GB"),
     *("nodes", "groups", "prunable families", "families"),
 )
 
 
 @dataclass(frozen=True)
 class Config:
-    """A configuration of `transformers`, by class name and keywords."""
+    """A configuration of `transformers`, by class name and keywords; shown: whether its costs and its plan are printed whole."""
 
     name: str
     layers: int
     options: Mapping[str, int] = field(hash=False)
     kind: str = "Llama"
+    shown: bool = False
 
 
 MODELS = (
     *(Config(f"llama-7b-wide-{layers}-layers", layers, _LLAMA_7B) for layers in _GROWTH[:-1]),
     Config("llama-7b", _GROWTH[-1], _LLAMA_7B),
+    Config("llama-8b", 32, _LLAMA_8B),
+    Config("qwen3-8b", 36, _QWEN_8B, "Qwen3", shown=True),
     Config("mixtral-8x7b", 32, _MIXTRAL, "Mixtral"),
     Config("llama-70b", 80, _LLAMA_70B),
 )
@@ -76,11 +83,12 @@ def least_squares(x: Sequence[float], y: Sequence[float]) -> Line:
 
 
 def measure(config: Config) -> dict[str, Any]:
-    """Build and analyse one model in this process; seconds, bytes and counts."""
+    """Build and analyse one model in this process, count its costs and plan its training; seconds, bytes and counts."""
     import torch
     import transformers
 
     import geta
+    from geta.cost.outlook import outlook
 
     from .clock import timed_analysis
     from .zoo.shim import declare_torchvision_operators
@@ -88,13 +96,28 @@ def measure(config: Config) -> dict[str, Any]:
     declare_torchvision_operators()  # transformers imports torchvision where there is one
     started = time.perf_counter()
     kind = getattr(transformers, f"{config.kind}Config")
-    chosen = kind(num_hidden_layers=config.layers, vocab_size=32000, use_cache=False, **config.options)
+    chosen = kind(**{"vocab_size": 32000, **config.options}, num_hidden_layers=config.layers, use_cache=False)
     with torch.device("meta"):
         model = transformers.AutoModelForCausalLM.from_config(chosen, dtype=torch.bfloat16).eval()
         ids = torch.zeros(1, SEQUENCE, dtype=torch.long)
     built = time.perf_counter() - started
     graph, capture_seconds, analysis_seconds = timed_analysis(model, (), {"input_ids": ids})
     assert isinstance(graph, geta.DependencyGraph)
+    started = time.perf_counter()
+    counted = outlook(graph)
+    costs, started = time.perf_counter() - started, time.perf_counter()
+    analysed_peak, processor = peak_bytes(), time.process_time()
+    with torch.device("meta"):
+        tokens = torch.zeros(1, TOKENS, dtype=torch.long)
+    plan = geta.memory_plan(
+        graph,
+        torch.optim.AdamW,
+        kwargs={"input_ids": tokens},
+        gpus=GPUS,
+        weight_bits=(4, 8),
+        dtype=torch.float32,
+        compute_dtype=torch.bfloat16,
+    )
     return {
         "name": config.name,
         "layers": config.layers,
@@ -102,7 +125,14 @@ def measure(config: Config) -> dict[str, Any]:
         "build": built,
         "capture": capture_seconds,
         "analysis": analysis_seconds,
-        "peak_bytes": peak_bytes(),
+        "costs": costs,
+        "processor": processor,
+        "plan": time.perf_counter() - started,
+        "outlook": str(counted),
+        "memory": str(plan),
+        "shown": config.shown,
+        "peak_bytes": analysed_peak,
+        "plan_peak_bytes": peak_bytes(),
         "nodes": len(graph.analysis.capture.graph.nodes),
         "groups": graph.num_groups,
         "prunable_families": len(graph.prunable_families),
@@ -140,12 +170,13 @@ def cells(record: Mapping[str, Any]) -> list[str]:
     """One row of the table."""
     if "error" in record:
         return [record["name"], str(record["layers"]), f"**failed**: {record['error']}", *[""] * (len(_HEADER) - 3)]
-    seconds = [record["build"], record["capture"], record["analysis"], record["capture"] + record["analysis"], record["whole"]]
+    seconds = [record["build"], record["capture"], record["analysis"], record["capture"] + record["analysis"]]
+    seconds += [record["costs"], record["processor"], record["plan"], record["whole"]]
     counts = [record["nodes"], record["groups"], record["prunable_families"], record["families"]]
     return [
         *(record["name"], str(record["layers"]), f"{record['parameters'] / 1e9:.2f} G"),
         *(f"{value:.2f}" for value in seconds),
-        f"{record['peak_bytes'] / 1e9:.2f}",
+        *(f"{record[key] / 1e9:.2f}" for key in ("peak_bytes", "plan_peak_bytes")),
         *(f"{count:,}" for count in counts),
     ]
 
@@ -193,9 +224,12 @@ def render(records: Sequence[Mapping[str, Any]], facts: str, figure: str | None,
         "",
         facts,
         "",
-        f"Configurations of `transformers` in bfloat16 on the meta device (no weights), example ids [1, {SEQUENCE}], vocabulary 32,000,",
-        "each in a process of its own. *Capture* is `torch.export` and what surrounds it, *analysis* all the rest of `geta.analyze`,",
-        "*whole process* includes starting Python and importing torch and transformers, *peak* is the largest resident memory (VmHWM).",
+        f"Configurations of `transformers` in bfloat16 on the meta device (no weights), example ids [1, {SEQUENCE}], vocabulary",
+        "32,000 (those of 8B: their own), each in a process of its own. *Capture* is `torch.export` and what surrounds it, *analysis*",
+        "all the rest of `geta.analyze`, *costs* what `geta analyze` prints of them. *CPU* is the processor time of all this with starting",
+        "Python and importing torch and transformers, which other jobs stretch less. *Memory plan* is `geta.memory_plan` of QASSO and",
+        f"AdamW with quantized weights on {GPUS} GPUs with ids [1, {TOKENS}], which captures the model again. *Whole process* is all of",
+        "it, *peak* the largest resident memory (VmHWM), before the plan and after it.",
         "",
         *table(_HEADER, [cells(record) for record in records]),
     ]
@@ -204,6 +238,10 @@ def render(records: Sequence[Mapping[str, Any]], facts: str, figure: str | None,
         rows = [[str(layers), f"{seconds:.2f}", f"{line.slope * layers + line.offset:.2f}"] for layers, seconds in points]
         lines += ["", "## Growth with layers", "", f"![Time over layers]({figure})", "", caption(line, points), ""]
         lines += table(("layers", "capture + analysis, s", "line, s"), rows)
+    for record in records:
+        if record.get("shown"):
+            text = [record["outlook"], "", record["memory"]]
+            lines += ["", f"## Costs and memory of {record['name']}", "", "```", *text, "```"]
     return "\n".join(lines) + "\n"
 
 

@@ -121,6 +121,7 @@ def code_blocks(document: str) -> list[str]:
         "docs/frameworks.md",
         "docs/how-it-works.md",
         "docs/latency.md",
+        "docs/memory.md",
         "docs/optimizers.md",
         "docs/transformers.md",
     ],

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from geta.optim import HESSO, HESSOCRIC, QASSO, Budget, Saliency, Schedule
     from geta.quant import DGE, DSQ, STE, Bits, FixedBits, Fourier, end_layers, quantize
     from geta.report.latency_table import measure_layers
+    from geta.report.memory import MemoryPlan, memory_plan
     from geta.seeding import seed_everything
     from geta.subnet.compact import compact
     from geta.subnet.eager import EagerProduct, compact_eager
@@ -59,6 +60,7 @@ _HOME = {
     "HESSO": "geta.optim",
     "HESSOCRIC": "geta.optim",
     "LatencyTable": "geta.cost.latency",
+    "MemoryPlan": "geta.report.memory",
     "QASSO": "geta.optim",
     "STE": "geta.quant",
     "Saliency": "geta.optim",
@@ -72,6 +74,7 @@ _HOME = {
     "end_layers": "geta.quant",
     "load": "geta.export.storage",
     "measure_layers": "geta.report.latency_table",
+    "memory_plan": "geta.report.memory",
     "quantize": "geta.quant",
     "rule": "geta.graph.rules",
     "save_pretrained": "geta.integrations.hf_save",
@@ -102,6 +105,7 @@ __all__ = [
     "Fourier",
     "GetaError",
     "LatencyTable",
+    "MemoryPlan",
     "Saliency",
     "Schedule",
     "UnsupportedOpError",
@@ -114,6 +118,7 @@ __all__ = [
     "end_layers",
     "load",
     "measure_layers",
+    "memory_plan",
     "quantize",
     "rule",
     "save_pretrained",

@@ -62,7 +62,16 @@ def test_least_squares_finds_a_line_and_how_well_it_fits() -> None:
 
 
 def _scaled(name: str, layers: int, seconds: float) -> dict[str, Any]:
-    figures = {"build": 1.0, "capture": seconds / 2, "analysis": seconds / 2, "whole": 9.0, "parameters": 7e9, "peak_bytes": 5e8}
+    figures = {
+        "costs": 2.5,
+        "processor": 8.0,
+        "plan": 3.5,
+        "plan_peak_bytes": 1e9,
+        "shown": name == "llama-70b",
+        "outlook": "the costs",
+        "memory": "the plan",
+    }
+    figures |= {"build": 1.0, "capture": seconds / 2, "analysis": seconds / 2, "whole": 9.0, "parameters": 7e9, "peak_bytes": 5e8}
     return {"name": name, "layers": layers, **figures, "nodes": 2000, "groups": 12345, "prunable_families": 4, "families": 7}
 
 
@@ -73,8 +82,13 @@ def test_the_scale_report_plots_growth_only_over_equal_widths() -> None:
     assert points == [(2, 2.0), (32, 17.0)]
     line = scale.least_squares(*zip(*points, strict=True))
     text = scale.render(records, "facts", "scale.svg", line)
-    assert "| llama-70b | 80 | 7.00 G | 1.00 | 49.50 | 49.50 | 99.00 | 9.00 | 0.50 | 2,000 | 12,345 | 4 | 7 |" in text
+    assert (
+        "| llama-70b | 80 | 7.00 G | 1.00 | 49.50 | 49.50 | 99.00 | 2.50 | 8.00 | 3.50 | 9.00 | 0.50 | 1.00 | 2,000 | 12,345 | 4 | 7 |"
+        in text
+    )
     assert "**failed**: KeyError: \\| boom" in text
+    assert text.endswith("## Costs and memory of llama-70b\n\n```\nthe costs\n\nthe plan\n```\n")
+    assert text.count("\nthe plan\n") == 1
     assert "at 2, 32 layers: least-squares line 0.500 s per layer + 1.00 s, R² = 1.0000." in text
     picture = scale.draw(points, line)
     assert picture == scale.draw(points, line)
@@ -83,7 +97,7 @@ def test_the_scale_report_plots_growth_only_over_equal_widths() -> None:
 
 
 def test_the_scale_models_have_the_layers_they_say() -> None:
-    assert [config.layers for config in scale.MODELS] == [2, 4, 8, 16, 32, 32, 80]
+    assert [config.layers for config in scale.MODELS] == [2, 4, 8, 16, 32, 32, 36, 32, 80]
     assert len({config.name for config in scale.MODELS}) == len(scale.MODELS)
 
 

@@ -12,6 +12,8 @@ from torch import nn
 
 import geta
 from geta.cli.main import main
+from geta.cost.outlook import outlook
+from geta.errors import UnsupportedOpError
 
 
 def net() -> tuple[nn.Module, tuple[torch.Tensor, ...]]:
@@ -105,9 +107,53 @@ def test_analyze_prints_the_table_and_writes_the_families(factory, capsys, tmp_p
     printed = capsys.readouterr().out
     model, args = net()
     graph = geta.analyze(model, args)
-    assert printed == f"{graph}\nfamilies written to {path}\n"
+    assert printed == f"{graph}\n\n{outlook(graph)}\nfamilies written to {path}\n"
     assert graph.num_groups == 8
     assert json.loads(path.read_text()) == json.loads(graph.to_json())
+
+
+def test_analyze_without_costs_prints_families_alone(factory, capsys):
+    assert main(["analyze", factory, "--no-costs"]) == 0
+    model, args = net()
+    assert capsys.readouterr().out == f"{geta.analyze(model, args)}\n"
+
+
+def test_costs_that_cannot_be_counted_leave_the_families(factory, capsys, monkeypatch):
+    def refused(_graph):
+        raise UnsupportedOpError("no shape")
+
+    monkeypatch.setattr(sys.modules["geta.cost.outlook"], "outlook", refused)
+    assert main(["analyze", factory]) == 0
+    printed = capsys.readouterr().out
+    assert "8 groups in 1 families can be removed" in printed
+    assert printed.endswith("costs are not counted: no shape\n")
+
+
+def test_analyze_plans_memory(factory, capsys):
+    options = ["--memory", "--gpus", "2", "--batch", "6", "--optimizer", "SGD", "--dtype", "bf16", "--weight-bits", "4,8"]
+    assert main(["analyze", factory, "--no-costs", *options]) == 0
+    printed = capsys.readouterr().out
+    assert "memory on each of 2 GPUs (FSDP2): 67 parameters in bfloat16, SGD, inputs [6, 4] per GPU" in printed
+    assert f"{2 * (4 * 4 + 4 + 2 * 8 + 2)} B  exact  parameters" in printed  # the last layer's three rows are two and one
+    assert f"{2 * 3 * 4} B  exact  quantizers: step size, range and exponent of 2" in printed
+    assert "peak with checkpointing" in printed
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--gpus", "2"], "--gpus has no effect without --memory"),
+        (["--compute-dtype", "bf16"], "--compute-dtype has no effect without --memory"),
+        (["--memory", "--gpus", "0"], "--gpus is 0; it must be at least 1"),
+        (["--memory", "--dtype", "int8"], "--dtype 'int8' is unknown; write one of fp32, bf16, fp16"),
+        (["--memory", "--optimizer", "Optimizer"], "--optimizer 'Optimizer' is none of torch.optim: adadelta"),
+        (["--memory", "--weight-bits", "4,6,8"], "--weight-bits '4,6,8' is no range of bits"),
+        (["--memory", "--sequence", "8"], "--sequence has no effect: none of the model's inputs is a batch of token ids"),
+    ],
+)
+def test_bad_memory_options_are_explained(factory, options, words, capsys):
+    assert main(["analyze", factory, "--no-costs", *options]) == 2
+    assert words in capsys.readouterr().err
 
 
 def test_inspect_shows_costs_bits_and_kept_groups(capsys, tmp_path):

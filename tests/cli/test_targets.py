@@ -11,7 +11,7 @@ import transformers
 from torch import nn
 
 from geta.cli.analyze import parse_shape
-from geta.cli.targets import resolve_target
+from geta.cli.targets import Target, resized, resolve_target
 from geta.errors import BadModelError, ConfigError
 
 FACTORIES = """
@@ -82,6 +82,26 @@ def test_a_configuration_file_becomes_a_model_without_weights(tmp_path):
     assert {parameter.device.type for parameter in found.model.parameters()} == {"meta"}
     assert list(found.kwargs) == ["input_ids"]
     assert found.model(**found.kwargs).last_hidden_state.shape == (2, 16, 32)
+
+
+def test_a_configuration_that_names_its_class_becomes_that_class(tmp_path):
+    settings = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64, "vocab_size": 50}
+    transformers.LlamaConfig(**settings, architectures=["LlamaForCausalLM"]).save_pretrained(tmp_path / "a")
+    transformers.LlamaConfig(**settings, architectures=["NoSuchClass"]).save_pretrained(tmp_path / "b")
+    assert type(resolve_target(f"hf:{tmp_path / 'a'}").model).__name__ == "LlamaForCausalLM"
+    assert type(resolve_target(f"hf:{tmp_path / 'b'}").model).__name__ == "LlamaModel"
+
+
+def test_inputs_of_another_size_repeat_the_first():
+    ids, mask, image = torch.arange(6).view(2, 3), torch.tensor(True), torch.rand(2, 3, 4)
+    found = resized(Target(nn.Identity(), (ids,), {"mask": mask, "image": image}), 5, 4)
+    assert torch.equal(found.args[0], torch.zeros(5, 4, dtype=torch.int64))
+    assert torch.equal(found.kwargs["image"], image[:1].expand(5, 3, 4))
+    assert found.kwargs["mask"] is mask
+    same = resized(Target(nn.Identity(), (ids,)), None, None)
+    assert torch.equal(same.args[0], ids)
+    with pytest.raises(ConfigError, match="--sequence has no effect"):
+        resized(Target(nn.Identity(), (image,)), None, 7)
 
 
 def test_image_and_encoder_decoder_configurations_get_their_inputs(tmp_path):

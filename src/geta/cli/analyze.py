@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from geta.cli.memory import MemoryOptions
 from geta.cli.options import Debug
-from geta.errors import ConfigError
+from geta.errors import BadModelError, ConfigError, UnsupportedOpError
+
+if TYPE_CHECKING:
+    from geta.graph import DependencyGraph
 
 
 def parse_shape(text: str) -> tuple[int, ...]:
@@ -40,7 +44,17 @@ def parse_question(text: str) -> tuple[str, int, int]:
     return name, int(numbers[0]), int(numbers[1])
 
 
-def analyze_command(
+def costs_in_words(graph: DependencyGraph) -> str:
+    """The table of `geta.cost.outlook`, or why there is none: families are worth printing all the same."""
+    from geta.cost.outlook import outlook
+
+    try:
+        return str(outlook(graph))
+    except (BadModelError, UnsupportedOpError) as error:
+        return f"costs are not counted: {error}"
+
+
+def analyze_command(  # noqa: PLR0913 - one parameter per option
     *,
     target: Annotated[str, typer.Argument(help="python.path:factory, timm:NAME or hf:CONFIG_OR_PATH.", show_default=False)],
     input_shape: Annotated[str | None, typer.Option(help="Shape of one random input, batch first, e.g. 1,3,224,224.")] = None,
@@ -51,15 +65,30 @@ def analyze_command(
     granularity: Annotated[list[str] | None, typer.Option(help="head, head_dim, group or channel, or GLOB=head_dim; repeatable.")] = None,
     inexact: Annotated[bool, typer.Option("--inexact", help="Allow removals that change the result a little (LayerNorm).")] = False,
     explain: Annotated[list[str] | None, typer.Option(help="Ask what an index takes with it: NAME:DIM:INDEX; repeatable.")] = None,
+    costs: Annotated[bool, typer.Option(help="Count costs too: dense, with half of the groups, and at 8 and 4 bits.")] = True,
+    memory: Annotated[bool, typer.Option("--memory", help="Plan the memory of training on each GPU, too.")] = False,
+    gpus: Annotated[int | None, typer.Option(help="Over how many GPUs FSDP2 shards (1).")] = None,
+    batch: Annotated[int | None, typer.Option(help="Examples per GPU and step, for --memory.")] = None,
+    sequence: Annotated[int | None, typer.Option(help="Tokens per example, for --memory.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="Of the parameters: fp32, bf16 or fp16 (the model's own).")] = None,
+    compute_dtype: Annotated[str | None, typer.Option(help="Of forward and backward passes (the parameters').")] = None,
+    optimizer: Annotated[str | None, typer.Option(help="A class of torch.optim with its defaults (adamw).")] = None,
+    weight_bits: Annotated[str | None, typer.Option(help="Plan with quantized weights: 8 or 4,8.")] = None,
+    activation_bits: Annotated[str | None, typer.Option(help="Plan with quantized activations.")] = None,
     debug: Debug = False,  # noqa: ARG001 - acts in its callback
 ) -> None:
-    """Print the table of group families of a model: what can be removed together, and the reason where nothing can.
+    """Print the table of group families of a model: what can be removed together, the reason where nothing can, and what it costs.
 
     A factory is called without arguments and returns a model, (model, args) or (model, args, kwargs).
     """
     shape = None if input_shape is None else parse_shape(input_shape)
     wanted = parse_granularity(granularity or [])
     questions = [parse_question(text) for text in explain or []]
+    training = MemoryOptions(gpus, batch, sequence, dtype, compute_dtype, optimizer, weight_bits, activation_bits)
+    if memory:
+        training.check()
+    else:
+        training.refuse()
 
     import geta
     from geta.cli.targets import resolve_target
@@ -73,6 +102,10 @@ def analyze_command(
         found.model, found.args, found.kwargs, exact=not inexact, protect=protect or (), prune=only or None, granularity=wanted
     )
     typer.echo(str(graph))
+    if costs:
+        typer.echo(f"\n{costs_in_words(graph)}")
+    if memory:
+        typer.echo(f"\n{training.plan(graph, found)}")
     for question in questions:
         typer.echo(f"\n{graph.explain(*question)}")
     if json is not None:

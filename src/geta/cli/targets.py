@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.utils._pytree as pytree
 from torch import nn
 
 from geta.errors import BadModelError, ConfigError
@@ -47,6 +48,32 @@ def resolve_target(text: str, input_shape: tuple[int, ...] | None = None) -> Tar
             raise ConfigError(f"--input-shape has no effect on '{text}': the inputs follow from the configuration; leave it out")
         return _from_transformers(rest)
     return _from_factory(kind, rest, input_shape)
+
+
+def resized(found: Target, batch: int | None, sequence: int | None) -> Target:
+    """The same model with inputs of another size, made by repeating the first example and, of token ids [B, L], the first token.
+
+    Raises ConfigError when there is nothing to which `sequence` applies.
+    """
+    tensors = [leaf for leaf in pytree.tree_leaves((found.args, dict(found.kwargs))) if isinstance(leaf, torch.Tensor)]
+    if sequence is not None and not any(_is_text(leaf) for leaf in tensors):
+        raise ConfigError("--sequence has no effect: none of the model's inputs is a batch of token ids (integers, two dimensions)")
+
+    def other(leaf: torch.Tensor) -> torch.Tensor:
+        if not leaf.dim():
+            return leaf
+        size = [leaf.shape[0] if batch is None else batch, *leaf.shape[1:]]
+        first = leaf if batch is None else leaf[:1]
+        if sequence is not None and _is_text(leaf):
+            size[1], first = sequence, first[:, :1]
+        return first.expand(size).contiguous()
+
+    args, kwargs = pytree.tree_map_only(torch.Tensor, other, (found.args, dict(found.kwargs)))
+    return Target(found.model, args, kwargs)
+
+
+def _is_text(leaf: torch.Tensor) -> bool:
+    return leaf.dim() == 2 and not leaf.is_floating_point()
 
 
 def _from_factory(module_name: str, factory_name: str, input_shape: tuple[int, ...] | None) -> Target:
@@ -127,12 +154,18 @@ def _from_transformers(what: str) -> Target:
         if hasattr(config, "use_cache"):
             config.use_cache = False  # a cache object among the outputs is no part of the network
         with torch.device("meta"):  # the analysis needs shapes only, so a 70B configuration takes no memory
-            model = transformers.AutoModel.from_config(config)
+            model = _built(transformers, config)
             return Target(model, (), _transformers_inputs(model))
     except (OSError, ValueError, KeyError) as error:
         raise ConfigError(
             f"TARGET 'hf:{what}' is neither a readable configuration (file, folder, hub name) nor a model type with a default one: {error}"
         ) from error
+
+
+def _built(transformers: Any, config: Any) -> Any:
+    """The class that the configuration names in `architectures` (a checkpoint's does, with its head); otherwise the bare network."""
+    named = getattr(transformers, (getattr(config, "architectures", None) or [""])[0], None)
+    return transformers.AutoModel.from_config(config) if named is None else named._from_config(config)
 
 
 def _transformers_inputs(model: Any) -> dict[str, torch.Tensor]:

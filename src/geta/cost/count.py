@@ -178,8 +178,8 @@ class _ShapeRun:
         yield from found
 
     def _call(self, node: fx.Node, counter: FlopCounterMode) -> list[Product]:
-        args = fx.map_arg(node.args, self.environment.__getitem__)
-        kwargs = fx.map_arg(node.kwargs, self.environment.__getitem__)
+        args = fx.map_arg(off_meta(node.args), self.environment.__getitem__)
+        kwargs = fx.map_arg(off_meta(node.kwargs), self.environment.__getitem__)
         before = counter.get_total_flops()
         result = self._result(node, args, kwargs)
         self.environment[node] = result
@@ -213,6 +213,11 @@ def _fake_tensors() -> Iterator[tuple[FakeTensorMode, FlopCounterMode]]:
     counter = FlopCounterMode(display=False)
     with torch.no_grad(), FakeTensorMode() as fake, counter:
         yield fake, counter
+
+
+def off_meta(arguments: Any) -> Any:
+    """Arguments of an operator with the CPU in place of the meta device, as `_as_fake` has it: a graph captured there names it."""
+    return pytree.tree_map_only(torch.device, lambda device: torch.device("cpu") if device.type == "meta" else device, arguments)
 
 
 def _as_fake(fake: FakeTensorMode, value: Any) -> Any:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -30,14 +32,33 @@ _STEPS = {_FAKE_QUANTIZE: "d", "geta.lsq_quantize.default": "scale"}
 """The argument of each fake quantizer that its integers are multiplied with."""
 
 
-def cost_model(graph: DependencyGraph, latency: LatencyTable | None = None) -> CostModel:
+INPUTS = "all inputs"
+"""Name of the quantizer that stands for all assumed ones of activations."""
+
+
+@dataclass(frozen=True)
+class Assumed:
+    """Quantizers that a float model doesn't have yet: one bit width for all inputs, one for all weights of a dtype.
+
+    weights: id of each weight that would get one -> name of its quantizer. inputs: ids of those whose other operand would get `INPUTS`.
+    scale_bytes: of the quantizers' numbers that a compact model keeps.
+    """
+
+    weights: Mapping[int, str]
+    inputs: AbstractSet[int]
+    scale_bytes: int
+
+
+def cost_model(graph: DependencyGraph, latency: LatencyTable | None = None, assumed: Assumed | None = None) -> CostModel:
     """The costs that `geta.compact(graph.model, graph, ...)` will have, as a function of removed groups and bits.
 
     The model is captured again if quantizers were attached since `analyze`. Costs are for the example inputs of the graph.
     latency: measured times, for a prediction of the latency as well (at the table's batch size).
+    assumed: count a float model as if it had these quantizers, and don't capture a model for training that an evaluation reads all of
+        (`geta.cost.outlook`).
     Raises BadModelError when the model, as it is now, no longer fits the graph, ConfigError when a layer isn't in the table.
     """
-    return _Derivation(graph, latency).run()
+    return _Derivation(graph, latency, assumed).run()
 
 
 def network_layers(graph: DependencyGraph, batch: int | None = None) -> Layers:
@@ -79,9 +100,11 @@ class _Graph:
 
 
 class _Derivation:
-    def __init__(self, graph: DependencyGraph, table: LatencyTable | None) -> None:
+    def __init__(self, graph: DependencyGraph, table: LatencyTable | None, assumed: Assumed | None) -> None:
         self._graph = graph
         self._table = table
+        self._quick = assumed is not None
+        self._assumed = assumed or Assumed({}, frozenset(), 0)
         self._eval = _Graph(graph, analysed(graph.model, graph, train=False))
         self._widths = BitWidths(self._eval.tensors, self._eval.names)
         steps = {canonical_name(f"{path}.d"): m.name for path, m in graph.model.named_modules() if isinstance(m, Quantizer)}
@@ -96,7 +119,7 @@ class _Derivation:
         found = graph_products(one.capture.graph, given, self._widths, one.capture.module_path)
         counted = [(node, product) for node, product in found if product.macs and node in one.live]
         products = tuple(self._product(node, product) for node, product in counted)
-        tensors = (*self._stored(), *self._only_trained())
+        tensors = (*self._stored(), *self._only_trained(), *self._assumed_scales())
         latency = None if self._table is None else self._latency(self._table)
         families = self._graph.prunable_families
         slope = np.zeros((len(self._sizes), len(families)), dtype=np.int64)
@@ -144,12 +167,27 @@ class _Derivation:
         return self._sizes.setdefault((size, slopes), len(self._sizes))
 
     def _product(self, node: fx.Node, product: Product) -> ProductTerm:
-        left, right = self._width(product.left), self._width(product.right)
+        left, right = self._operands(product)
         if product.sizes is None:
             self._notes[f"{product.op} at {self._eval.where(node)} counts as uncut: it has no formula for its products"] = None
             return ProductTerm(product.macs, (), left, right)
         sizes = [size for size in product.sizes if size.size > 1]
         return ProductTerm(1, tuple(self._size(self._eval, *size) for size in sizes), left, right)
+
+    def _operands(self, product: Product) -> tuple[Width, Width]:
+        sides = product.left, product.right
+        widths = [self._width(side) for side in sides]
+        for place, side in enumerate(sides if self._assumed.weights else ()):
+            name = None if side is None else self._widths.stored(side)
+            weight = None if name is None else id(self._eval.tensors[name])
+            if weight is not None and weight in self._assumed.weights:
+                widths[place] = self._numbered(self._assumed.weights[weight])
+                if weight in self._assumed.inputs:
+                    widths[1 - place] = self._numbered(INPUTS)
+        return widths[0], widths[1]
+
+    def _numbered(self, quantizer: str) -> Width:
+        return Width(0.0, (self._number.setdefault(quantizer, len(self._number)),))
 
     def _width(self, node: fx.Node | None) -> Width:
         fixed, quantizers = 0.0, []
@@ -188,11 +226,15 @@ class _Derivation:
             if not quantizer.get(name, True):
                 continue
             width = _widest(widths[name]) if name in widths else None
+            quantized = self._assumed.weights.get(id(one.tensors[name]))
+            width = width if quantized is None else self._numbered(quantized)
             parameter = (isinstance(one.tensors[name], nn.Parameter) or width is not None) and name not in quantizer
             yield self._tensor(one, one.first[name], parameter=parameter, width=width)
 
     def _only_trained(self) -> Iterator[TensorTerm]:
         """Tensors that only the training graph of the compact model reads: counters, auxiliary heads."""
+        if self._quick and self._nothing_unread():
+            return
         try:
             trained = _Graph(self._graph, analysed(self._graph.model, self._graph, train=True))
         except BadModelError:
@@ -206,6 +248,17 @@ class _Derivation:
                 self._notes[f"the codes of '{name}', which only training reads, count 4 bytes each"] = None
                 yield self._tensor(trained, trained.first[name], parameter=False, width=Width(UNQUANTIZED))
                 yield self._tensor(trained, step, parameter=False)
+
+    def _nothing_unread(self) -> bool:
+        """Whether the evaluation graph reads all that the model has and brings no constants, so that training will hardly add any."""
+        model, known = self._graph.model, {id(self._eval.tensors[name]) for name in self._eval.read}
+        saved = model.state_dict(keep_vars=True)
+        stored = [*model.parameters(), *(buffer for name, buffer in model.named_buffers() if name in saved)]
+        return not self._eval.capture.constants and all(id(tensor) in known for tensor in stored)
+
+    def _assumed_scales(self) -> Iterator[TensorTerm]:
+        if self._assumed.scale_bytes:
+            yield TensorTerm((), parameter=False, width=Width(8.0 * self._assumed.scale_bytes))
 
     @staticmethod
     def _steps(graph: _Graph) -> set[str]:

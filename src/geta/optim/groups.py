@@ -120,7 +120,7 @@ class GroupIndex:
         trained = [(entry, whole) for entry, whole in tensors if entry.trained]
         self.parameters = [entry for entry, _ in trained]
         self.buffers = [entry for entry, _ in tensors if not entry.trained]
-        self.device = self.parameters[0].tensor.device if self.parameters else torch.device("cpu")
+        self.device = _beside(self.parameters[0].tensor) if self.parameters else torch.device("cpu")
         self.dtype = _accumulator(entry.tensor for entry in self.parameters)
         self._compile_rows([whole for _, whole in trained])
 
@@ -187,7 +187,7 @@ class GroupIndex:
         for name, tensor, dims in maps.values():
             part, order = part_of(name, tensor), tuple(sorted(dims))
             here = [dims[dim] if part is None or part.dim != dim else dims[dim][part.start : part.start + part.size] for dim in order]
-            groups = tuple(torch.from_numpy(rows).to(tensor.device) for rows in here)
+            groups = tuple(torch.from_numpy(rows).to(_beside(tensor)) for rows in here)
             found.append((GroupedTensor(name, tensor, order, groups, part), [dims[dim] for dim in order]))
         return found
 
@@ -258,6 +258,11 @@ def exclusive_row_sums(entry: GroupedTensor, values: Tensor, flags: Sequence[Ten
             shape[position] = -1
             rest = rest * (~flag).view(shape)
     return sums
+
+
+def _beside(tensor: Tensor) -> torch.device:
+    """Where index maps of a tensor lie; those of a model without weights, which is only planned for, need numbers all the same."""
+    return torch.device("cpu") if tensor.is_meta else tensor.device
 
 
 def _accumulator(tensors: Iterable[Tensor]) -> torch.dtype:

@@ -17,6 +17,7 @@ from geta.optim.saliency import SaliencyLike
 from geta.optim.schedule import Schedule
 from geta.optim.setup import as_schedule
 from geta.optim.structured import StructuredOptimizer
+from geta.optim.wrapper import call_base
 from geta.quant import quantizers
 
 
@@ -80,17 +81,18 @@ class HESSO(StructuredOptimizer):
         if self._only_allocates(closure):
             return self.base.step()
         joint = self._prunes and self.stage == "joint"
-        period, k, length = self.schedule.joint_at(self._step) if joint else (0, -1, 0)
+        _, k, length = self.schedule.joint_at(self._step) if joint else (0, -1, 0)
         if self._prunes and self.schedule.is_period_start(self._step):
             self._check_finite()
-        before = self._pruner.snapshot(everything=True) if k == 0 else {}
-        loss = self._call_base(closure)
+        ahead = k == 0 and self._rehearses()
+        if ahead:
+            closure = self._mark_ahead(closure)
+        before = self._pruner.snapshot(everything=True) if k == 0 and not ahead else {}
+        loss = call_base(self.base, closure) if ahead else self._call_base(closure)
         with torch.no_grad():
             self._pruner.enforce_()
-            if k == 0:
-                self._decide(before)
-                self._pruner.mark(before, self.schedule.pruned_target(period, self.target_groups))
-                self._agree()
+            if k == 0 and not ahead:
+                self._mark_behind(before)
             if joint:
                 self._pruner.decay_((k, length))
             if joint and k == length - 1:

@@ -5,12 +5,13 @@ Legend: `G` groups, `R` rows, `F` families, `L` quantized weights, `N` pairs (pa
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 from geta import ranks
 from geta.errors import ConfigError
@@ -18,8 +19,9 @@ from geta.optim.bank import QuantizerBank, Steps
 from geta.optim.forget import Forgetting, PairMap, PairSums, forget
 from geta.optim.groups import GroupedTensor, GroupIndex, exclusive_row_sums
 from geta.optim.observe import Observation
+from geta.optim.rehearsal import can_rehearse, chunks, rehearsed
 from geta.optim.rows import Chosen, RedundantRows, RemovedRows, covered, forgettable
-from geta.optim.saliency import Saliency, group_statistics
+from geta.optim.saliency import RowStatistics, Saliency, group_statistics
 from geta.optim.selection import Selector
 
 _ROWS = -1
@@ -124,17 +126,33 @@ class Pruner:
         new = [entry.tensor.detach() for entry in self.index.parameters]
         return ranks.of_first(self.saliency.score(group_statistics(self.index, old, new, self.observation.read())))
 
-    def mark(self, before: Mapping[int, Tensor], total: int) -> dict[int, Tensor]:
-        """Score all groups from the proposed step and mark the least important as redundant, up to `total` in all.
+    def can_rehearse(self, base: Optimizer) -> bool:
+        """Whether `rehearsed_scores` gives what `scores` would: observers but Fisher's may look at weights after the step."""
+        return can_rehearse(base) and set(self.saliency.observers) <= {"fisher"}
 
-        before: `snapshot(everything=True)`. Returns the part of it that `snapshot(everything=False)` would have taken.
-        """
+    def rehearsed_scores(self, base: Optimizer) -> Tensor:
+        """`scores` of the step that `base` would take now, a few parameters at a time, which are what they were afterwards."""
+        rows, pruned = RowStatistics(self.index), self.index.flags(self.pruned)
+        for entries in chunks(self.index.parameters):
+            with rehearsed(base, entries) as before:
+                for entry, old in zip(entries, before, strict=True):
+                    new = entry.tensor.detach()
+                    if self.pruned.any():
+                        new.masked_fill_(entry.element_mask(pruned), 0)  # what `enforce_` does after a real step
+                    rows.add(entry, old, new)
+        return ranks.of_first(self.saliency.score(rows.groups(self.observation.read())))
+
+    def mark(self, scores: Callable[[], Tensor], total: int) -> None:
+        """Mark the least important groups as redundant, up to `total` in all. scores: gives all groups' when they are needed."""
         if total > int(self.pruned.sum()):
-            self.redundant = self.selector.mark(on_host(self.scores(before)), self.pruned, total)
+            self.redundant = self.selector.mark(on_host(scores()), self.pruned, total)
             self.observation.restart()
         self.refresh()
-        copies = {active.position: active.take(before[active.position]) for active in self._slow}
-        return copies if self._fast is None else {**copies, _ROWS: self._fast.copied([before[p] for p in self._fast_positions])}
+
+    def part_of(self, everything: Mapping[int, Tensor]) -> dict[int, Tensor]:
+        """What `snapshot(everything=False)` would have taken when `snapshot(everything=True)` took this."""
+        copies = {active.position: active.take(everything[active.position]) for active in self._slow}
+        return copies if self._fast is None else {**copies, _ROWS: self._fast.copied([everything[p] for p in self._fast_positions])}
 
     def refresh(self) -> None:
         """Derive everything that follows from `redundant` and `pruned`; call after changing either."""
@@ -209,19 +227,22 @@ class Pruner:
         before: parameters before the base optimizer's step, which already added delta. steps: the bank before it.
         position: (k, K_p). In the period's last step R becomes exactly zero, whatever gamma is.
         """
-        shaped, terms = [], []
+        shaped: list[tuple[Tensor, Tensor | None]] = []
         low_E = None if steps is None else self.bank.step_size_of(self.bank.lower_L, steps)
-        for active in self._slow:
-            x = before[active.position].to(self.index.dtype)
-            step = x - active.take(active.entry.tensor.detach())
-            c, v = x, None
-            if active.layer >= 0:
-                assert steps is not None
-                assert low_E is not None
-                c, v = self.bank.split(active.layer, x, active.take_setting, steps, low_E)
-            shaped.append((c, v))
-            terms.append(self._terms(step, c, v))
-        found = self._pair_sums(terms, 4)
+
+        def terms() -> Iterator[Tensor]:
+            for active in self._slow:
+                x = before[active.position].to(self.index.dtype)
+                step = x - active.take(active.entry.tensor.detach())
+                c, v = x, None
+                if active.layer >= 0:
+                    assert steps is not None
+                    assert low_E is not None
+                    c, v = self.bank.split(active.layer, x, active.take_setting, steps, low_E)
+                shaped.append((c, v))
+                yield self._terms(step, c, v)
+
+        found = self._pair_sums(terms(), 4)
         if self._fast is not None:
             found = found + self._fast.sums(before[_ROWS], steps, low_E)
         step_sq, step_shaped, shaped_abs, step_residual = found.unbind()
@@ -275,8 +296,11 @@ class Pruner:
             torch.mul(step, v, out=terms[3])
         return terms
 
-    def _pair_sums(self, terms: Sequence[Tensor], kinds: int) -> Tensor:
-        """[kinds, N]: sums over redundant elements, every element counted once; `terms` runs parallel to the active parameters."""
+    def _pair_sums(self, terms: Iterable[Tensor], kinds: int) -> Tensor:
+        """[kinds, N]: sums over redundant elements, every element counted once; `terms` runs parallel to the active parameters.
+
+        They are `kinds` times as large as the parameters, so each is summed before the next is asked for.
+        """
         rows = [exclusive_row_sums(active.entry, values, active.flags) for active, values in zip(self._slow, terms, strict=True)]
         counted = [
             part if active.entry.counted else torch.zeros_like(part)

@@ -24,7 +24,7 @@ from geta.optim.saliency import SaliencyLike
 from geta.optim.schedule import Schedule, Stage
 from geta.optim.setup import as_schedule, check_quant_lr, replaced_bits, trained_parameters
 from geta.optim.structured import StructuredOptimizer
-from geta.optim.wrapper import move_to_own_group
+from geta.optim.wrapper import call_base, move_to_own_group
 from geta.quant import BitsLike, quantizers
 
 _BITS_TOLERANCE = 1e-3
@@ -132,12 +132,18 @@ class QASSO(StructuredOptimizer):
                 self._bank.tighten_(self._tightened)
         joint = stage == "joint" and self._prunes
         marking = joint and self.schedule.joint_at(self._step).k == 0
-        before = self._pruner.snapshot(everything=marking) if joint else {}
+        ahead = marking and self._rehearses()
+        if ahead:
+            closure = self._mark_ahead(closure)
+        before = self._pruner.snapshot(everything=marking and not ahead) if joint else {}
         steps = self._bank.read() if joint and len(self._bank) else None
         ranges = self._bank.ranges() if steps is None else steps.q_m
-        loss = self._call_base(closure)
+        loss = call_base(self.base, closure) if ahead else self._call_base(closure)
         with torch.no_grad():
             self._pruner.enforce_()
+            if marking and not ahead:
+                self._mark_behind(before)
+                before = self._pruner.part_of(before)
             ruled = self._joint(before, steps) if joint else None
             if len(self._bank):
                 self._constrain_bits(stage, ruled, steps, ranges)
@@ -195,12 +201,8 @@ class QASSO(StructuredOptimizer):
         return [*lines, *(f"{count} {kind} tensors with {bits:g} bits" for (kind, bits), count in sorted(counts.items()))]
 
     def _joint(self, before: Mapping[int, Tensor], steps: Steps | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Mark, forget, prune; returns d / d(b_l) by the rule, which quantizers it is for and which of them go straight there (all [L])."""
-        period, k, length = self.schedule.joint_at(self._step)
-        if k == 0:
-            self._decide(before)
-            before = self._pruner.mark(before, self.schedule.pruned_target(period, self.target_groups))
-            self._agree()
+        """Forget, prune; returns d / d(b_l) by the rule, which quantizers it is for and which of them go straight there (all [L])."""
+        _, k, length = self.schedule.joint_at(self._step)
         ratio = self._pruner.forget_(before, steps, (k, length))
         owners, waiting = self._pruner.owner_L, self._pruner.waiting_L
         if k == length - 1:

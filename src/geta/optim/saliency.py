@@ -34,7 +34,7 @@ from torch import Tensor
 
 from geta.errors import ConfigError
 from geta.optim import activations  # noqa: F401 - its observer registers itself
-from geta.optim.groups import Graph, GroupIndex, row_sums
+from geta.optim.groups import Graph, GroupedTensor, GroupIndex, row_sums
 from geta.optim.observe import OBSERVERS, Observation
 
 
@@ -232,6 +232,35 @@ class Saliency:
 SaliencyLike = Saliency | SaliencySpec
 
 
+class RowStatistics:
+    """Sums over the rows of one parameter after another, which no copy of a parameter outlives."""
+
+    def __init__(self, index: GroupIndex) -> None:
+        self._index = index
+        self._x: list[list[Tensor]] = []
+        self._grad: list[list[Tensor]] = []
+        self._inner: list[list[Tensor]] = []
+        self._size: list[list[Tensor]] = []
+
+    def add(self, entry: GroupedTensor, old: Tensor, new: Tensor) -> None:
+        """Look at the next parameter of the index before and after the proposed step."""
+        x = old.to(self._index.dtype)
+        grad = x - new.to(self._index.dtype)
+        self._x.append(row_sums(entry, x.square()))
+        self._grad.append(row_sums(entry, grad.square()))
+        self._inner.append(row_sums(entry, x * grad))
+        self._size.append([groups.new_full(groups.shape, x.numel() // max(groups.numel(), 1)) for groups in entry.groups])
+
+    def groups(self, observed: Mapping[str, Tensor] | None = None) -> GroupStatistics:
+        """Statistics of all groups, once all parameters were looked at. observed: what observers report, by name."""
+        index = self._index
+        x_G, grad_G, inner_G = (index.per_group(index.reduce_rows(rows)) for rows in (self._x, self._grad, self._inner))
+        size_G = index.per_group(index.reduce_rows(self._size)).to(index.dtype)
+        return GroupStatistics(
+            norm=x_G.sqrt(), size=size_G, direction=grad_G.sqrt(), inner=inner_G, family=index.family_of_G, observed=observed or {}
+        )
+
+
 def group_statistics(
     index: GroupIndex, before: Sequence[Tensor], after: Sequence[Tensor], observed: Mapping[str, Tensor] | None = None
 ) -> GroupStatistics:
@@ -239,19 +268,10 @@ def group_statistics(
 
     `before` and `after` run parallel to `index.parameters`. observed: what observers report, by name.
     """
-    x_rows, grad_rows, inner_rows, size_rows = [], [], [], []
+    rows = RowStatistics(index)
     for entry, old, new in zip(index.parameters, before, after, strict=True):
-        x = old.to(index.dtype)
-        grad = x - new.to(index.dtype)
-        x_rows.append(row_sums(entry, x.square()))
-        grad_rows.append(row_sums(entry, grad.square()))
-        inner_rows.append(row_sums(entry, x * grad))
-        size_rows.append([groups.new_full(groups.shape, x.numel() // max(groups.numel(), 1)) for groups in entry.groups])
-    x_G, grad_G, inner_G = (index.per_group(index.reduce_rows(rows)) for rows in (x_rows, grad_rows, inner_rows))
-    size_G = index.per_group(index.reduce_rows(size_rows)).to(index.dtype)
-    return GroupStatistics(
-        norm=x_G.sqrt(), size=size_G, direction=grad_G.sqrt(), inner=inner_G, family=index.family_of_G, observed=observed or {}
-    )
+        rows.add(entry, old, new)
+    return rows.groups(observed)
 
 
 def _pairs(spec: SaliencySpec) -> list[tuple[str | Criterion, float]]:

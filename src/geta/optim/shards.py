@@ -66,9 +66,11 @@ def largest_magnitude(name: str, tensor: Tensor, dims: list[int]) -> Tensor:
     part, here = part_of(name, tensor), local(tensor).detach().abs()
     if part is None:
         return here.amax(dim=dims, keepdim=True)
-    padded = here.new_zeros(*here.shape[: part.dim], part.whole, *here.shape[part.dim + 1 :])
-    padded.narrow(part.dim, part.start, part.size).copy_(here)
-    return ranks.largest(padded.amax(dim=dims, keepdim=True), part.group)
+    others = [dim for dim in dims if dim != part.dim]
+    rows = here.amax(dim=others, keepdim=True) if others else here  # first, so that nothing as large as the whole tensor is made
+    padded = rows.new_zeros(*rows.shape[: part.dim], part.whole, *rows.shape[part.dim + 1 :])
+    padded.narrow(part.dim, part.start, part.size).copy_(rows)
+    return ranks.largest(padded.amax(dim=part.dim, keepdim=True) if part.dim in dims else padded, part.group)
 
 
 def part_of(name: str, tensor: Tensor) -> Part | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -220,11 +221,35 @@ class StructuredOptimizer(WrappingOptimizer):
         """Whether it is known how many groups go."""
         return self._target is None or self._target.plan is not None
 
-    def _decide(self, before: Mapping[int, Tensor]) -> None:
-        """With a budget, plan at the first marking how many groups of each family go and which bits remain."""
-        if self._target is None or self._target.plan is not None:
-            return
-        self._plan_from(on_host(self._pruner.scores(before)) if self._index.num_groups else np.zeros(0))
+    def _rehearses(self) -> bool:
+        """Whether groups are marked before the base's step, from one that is taken back, so that nothing but their rows is copied.
+
+        A budget's plan looks at weights after the step.
+        """
+        return self._decided and self._pruner.can_rehearse(self.base)
+
+    def _mark_ahead(self, closure: Callable[[], float] | None) -> Callable[[], float] | None:
+        """Mark the groups of the step to come; the closure that the base optimizer then gets."""
+        closure = self._pruner.observation.watched(self._reducing(closure))
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+            closure = partial(_constant, loss)
+        with torch.no_grad():
+            self._pruner.mark(lambda: self._pruner.rehearsed_scores(self.base), self._pruned_target())
+            self._agree()
+        return closure
+
+    def _mark_behind(self, before: Mapping[int, Tensor]) -> None:
+        """Mark the groups of a step that was taken. before: all grouped parameters as they were."""
+        if self._target is not None and self._target.plan is None:
+            self._plan_from(on_host(self._pruner.scores(before)) if self._index.num_groups else np.zeros(0))
+        self._pruner.mark(lambda: self._pruner.scores(before), self._pruned_target())
+        self._agree()
+
+    def _pruned_target(self) -> int:
+        """How many groups are to be gone when the present period ends; a budget decides that at the first marking of a run."""
+        return self.schedule.pruned_target(self.schedule.joint_at(self._step).period, self.target_groups)
 
     def _plan_from(self, scores_G: np.ndarray) -> None:
         """Let the budget decide from these scores, on the first rank for all of them."""
@@ -373,3 +398,7 @@ class StructuredOptimizer(WrappingOptimizer):
         if self._pruner.observation.needed:
             self._observe_next()
             self._pruner.observation.load(extra["observed"])
+
+
+def _constant(value: float) -> float:
+    return value
