@@ -173,6 +173,9 @@ class _Derivation:
         for name, (node, step) in one.coded.items():
             yield self._tensor(one, one.first[name], parameter=True, width=self._width(node))
             yield self._tensor(one, step, parameter=False)
+            if node.kwargs.get("blocks"):
+                note = f"the scales of '{name}' are bounded from above: those of a block stay until the last of its columns goes"
+                self._notes[note] = None
         widths: dict[str, list[Width]] = {}
         quantizer: dict[str, bool] = {}  # tensor of a quantizer -> whether the compact model counts it
         for node, x, _ in _quantized(one.live):

@@ -158,7 +158,7 @@ def _scaled(network: Network, weight: fx.Node, gain: Tensor, axis: int) -> fx.No
         network.add(f"{found[0].target}_folded", codes * sign),
         network.add(f"{found[1].target}_folded", torch.where(silent, 1.0, wide).to(scale.dtype)),
     )
-    new = network.graph.call_function(torch.ops.geta.dequantize.default, (*reads, found[2]))
+    new = network.graph.call_function(torch.ops.geta.dequantize.default, (*reads, found[2]), dict(weight.kwargs))
     new.meta = dict(weight.meta)
     return new
 

@@ -20,6 +20,7 @@ from geta.export.onnx_quant import (
     dequantize_linear,
     gather_rows,
     integer_bias,
+    is_even,
     lower_activation,
     lower_weight,
     weight_of,
@@ -83,7 +84,8 @@ class _Lowering:
             if weight is not None and node.users:
                 reader = next(iter(node.users))
                 path = str(reader.meta.get("module_path", "")) or reader.name
-                self._done.floating.setdefault(path, f"its weight is read by {reader.target}, which isn't written in integers")
+                why = "" if is_even(weight) else f"; {_blocks_in_words(weight)}"
+                self._done.floating.setdefault(path, f"its weight is read by {reader.target}, which isn't written in integers{why}")
                 node.replace_all_uses_with(lower_weight(network, weight, node, Form(self._uint8, integer=False)))
         drop_unused(network.graph)
         return self._done
@@ -131,6 +133,8 @@ class _Lowering:
         reasons = []
         if weight is None or weight.bits > BYTE:
             reasons.append("its weight isn't quantized" if weight is None else f"its weight has {weight.bits} bits")
+        elif weight.blocks:
+            reasons.append(_blocks_in_words(weight))
         elif weight.scale.numel() > 1 and weight.scale.shape[0] == 1:
             reasons.append("its weight has one scale per input channel")
         found = self._quantizers.get(source)
@@ -177,6 +181,13 @@ class _Lowering:
     def _before(self, node: fx.Node, operator: Any, *args: fx.Node) -> fx.Node:
         with self._network.graph.inserting_before(node):
             return self._network.graph.call_function(operator, args)
+
+
+def _blocks_in_words(weight: Weight) -> str:
+    """Why integer products don't read a weight with a scale per block, and how it is written."""
+    if is_even(weight):
+        return "its weight has one scale per block of columns: it is dequantized, in blocks, in front of a product of floats"
+    return "its weight's blocks of columns became uneven, which the standard has no words for: it is written in floats"
 
 
 def _lower_embedding(network: Network, node: fx.Node) -> None:

@@ -9,6 +9,9 @@ on uint8. The clip acts on integers, so it doesn't stand between a convolution a
 where it would change nothing (unsigned, n = 255) it is left out. Signed activations are uint8 with a zero point as well, which is what the
 integer kernels of x86 want.
 
+A matrix with one scale per block of columns stands behind a DequantizeLinear with a `block_size`; where its blocks became uneven the
+standard has none, and the file holds floats.
+
 A weight of b bits is its codes, as int8 (uint8 without a sign, int16 and int32 above 8 bits), behind a DequantizeLinear. `Form.uint8`:
 8-bit codes are stored as uint8 with zero point 128. On x86 CPUs without dot-product instructions kernels add two products of uint8 and int8
 numbers in 16 bits, which may overflow with weights of 8 bits (not with 7 or fewer); with two uint8 numbers they don't.
@@ -16,7 +19,7 @@ numbers in 16 bits, which may overflow with weights of 8 bits (not with 7 or few
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -24,6 +27,7 @@ import torch.onnx.ops
 from torch import Tensor, fx
 
 from geta.export.cleanup import Network, arguments
+from geta.quant.blocks import Blocks, Cutting, expanded
 from geta.quant.fixed_ops import effective_scale, has_no_zero
 from geta.quant.ops import bit_width, prepared
 from geta.subnet.integers import whole_bits
@@ -32,6 +36,8 @@ OPSET = 21
 _MIDDLE, _TOP = 128, 255
 _SATURATING_BITS = 8
 HALF_A_BYTE, BYTE = 4, 8
+EXACT_BLOCKS = ("session.qdq_matmulnbits_accuracy_level", "1")
+"""The session option with which ONNX Runtime multiplies weights of one scale per block with the numbers that it is given."""
 ACTIVATIONS = (torch.ops.geta.fake_quantize.default, torch.ops.geta.lsq_quantize.default)
 """The operators of quantizers that stay in a compact model."""
 
@@ -47,6 +53,13 @@ def dequantize_linear(codes: Tensor, scale: Tensor, zero_point: Tensor | None, a
     """(codes - zero_point) * scale."""
     inputs = (codes, scale) if zero_point is None else (codes, scale, zero_point)
     return torch.onnx.ops.symbolic("DequantizeLinear", inputs, {"axis": axis}, dtype=scale.dtype, shape=codes.shape, version=OPSET)
+
+
+def dequantize_blocks(codes: Tensor, scale: Tensor, zero_point: Tensor | None, axis: int, block_size: int) -> Tensor:
+    """(codes - zero_point) * scale with one scale for `block_size` entries along the axis; the last block may be shorter."""
+    inputs = (codes, scale) if zero_point is None else (codes, scale, zero_point)
+    attributes: dict[str, Any] = {"axis": axis, "block_size": block_size}
+    return torch.onnx.ops.symbolic("DequantizeLinear", inputs, attributes, dtype=scale.dtype, shape=codes.shape, version=OPSET)
 
 
 def clip_codes(codes: Tensor, lowest: Tensor, highest: Tensor) -> Tensor:
@@ -145,17 +158,31 @@ def signed_power(network: Network, name: str, x: Any, t: Tensor) -> fx.Node:
 
 @dataclass(frozen=True)
 class Weight:
-    """An integer weight. codes: as stored; scale: [] or a shape that broadcasts against them."""
+    """An integer weight. codes: as stored; scale: [], a shape that broadcasts against them, or one number per row and block.
+
+    blocks: lengths of the blocks of columns (`geta.quant.blocks`), () where there are none.
+    """
 
     name: str
     codes: Tensor
     scale: Tensor
     bits: int
+    blocks: Blocks = ()
 
     @property
     def values(self) -> Tensor:
         """The weight in floating point, bitwise what the graph computes."""
-        return (self.codes.to(self.scale.dtype) * self.scale).add_(0.0)
+        return (self.codes.to(self.scale.dtype) * expanded(self.scale, self.codes.shape, self.blocks)).add_(0.0)
+
+    @property
+    def turned(self) -> Weight:
+        """The matrix with its dimensions exchanged."""
+        return replace(self, codes=self.codes.T, scale=self.scale.T if self.scale.dim() == 2 else self.scale)
+
+    @property
+    def cutting(self) -> Cutting:
+        """How the matrix is cut into blocks."""
+        return Cutting.of(self.codes.shape, self.scale.shape, self.blocks)
 
 
 def weight_of(network: Network, node: object) -> Weight | None:
@@ -165,7 +192,8 @@ def weight_of(network: Network, node: object) -> Weight | None:
     codes, scale, bits = node.args
     if not isinstance(codes, fx.Node) or not isinstance(scale, fx.Node) or codes.op != "get_attr" or scale.op != "get_attr":
         return None
-    return Weight(str(codes.target), network.read(codes), network.read(scale), int(str(bits)))
+    blocks = tuple(int(str(width)) for width in node.kwargs.get("blocks", ()))  # type: ignore[union-attr]
+    return Weight(str(codes.target), network.read(codes), network.read(scale), int(str(bits)), blocks)
 
 
 def stored(weight: Weight, *, uint8: bool) -> tuple[Tensor, int | None]:
@@ -186,6 +214,8 @@ class Form:
 
 def lower_weight(network: Network, weight: Weight, before: fx.Node, form: Form) -> fx.Node:
     """A node for the weight's values."""
+    if weight.blocks:
+        return _lower_blocks(network, weight, before, form)
     codes, zero = stored(weight, uint8=form.uint8 and form.integer)
     scale = weight.scale.expand([1] * (codes.dim() - weight.scale.dim()) + list(weight.scale.shape)) if weight.scale.dim() else weight.scale
     if form.order is not None:
@@ -201,6 +231,30 @@ def lower_weight(network: Network, weight: Weight, before: fx.Node, form: Form) 
         new = network.graph.call_function(dequantize_linear, (*reads, point, _axis(scale)))
         new.meta = dict(before.meta)
     return new
+
+
+def _lower_blocks(network: Network, weight: Weight, before: fx.Node, form: Form) -> fx.Node:
+    """The same for a matrix with a scale per block: the standard has blocks of one length, of which the last may be shorter."""
+    if form.order == (1, 0):
+        weight = weight.turned
+    cut = weight.cutting
+    graph, codes, zero = network.graph, weight.codes.contiguous(), None if weight.codes.dtype is torch.int32 else 0
+    with graph.inserting_before(before):
+        if not is_even(weight):
+            new = network.add(f"{weight.name}.float", weight.values.contiguous())
+        else:
+            reads = [network.add(f"{weight.name}.stored", codes), network.add(f"{weight.name}.scale", weight.scale.contiguous())]
+            if weight.bits <= HALF_A_BYTE and codes.dtype.itemsize == 1:
+                network.narrow.append(str(reads[0].target))
+            point = None if zero is None else network.add(f"{weight.name}.zero_point", torch.zeros_like(weight.scale, dtype=codes.dtype))
+            new = graph.call_function(dequantize_blocks, (*reads, point, cut.axis, weight.blocks[0]))
+        new.meta = dict(before.meta)
+    return new
+
+
+def is_even(weight: Weight) -> bool:
+    """Whether the standard knows the weight's scales: without blocks, or with blocks of one length."""
+    return len(weight.blocks) < 2
 
 
 def bias_is_fine(network: Network, bias: fx.Node, input_scale: Tensor, weight: Weight) -> bool:

@@ -7,7 +7,7 @@ on the chunk that is here, in place, and add up sums over the ranks that hold th
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,14 +61,14 @@ def whole(tensor: Tensor) -> Tensor:
     return complete
 
 
-def largest_magnitude(name: str, tensor: Tensor, dims: list[int]) -> Tensor:
-    """max |x| over `dims`, which stay with size 1; the same on every rank (a collective operation for sharded tensors)."""
+def largest_magnitude(name: str, tensor: Tensor, largest: Callable[[Tensor], Tensor]) -> Tensor:
+    """`largest(|x|)`, some maxima over x; the same on every rank (a collective operation for sharded tensors)."""
     part, here = part_of(name, tensor), local(tensor).detach().abs()
     if part is None:
-        return here.amax(dim=dims, keepdim=True)
+        return largest(here)
     padded = here.new_zeros(*here.shape[: part.dim], part.whole, *here.shape[part.dim + 1 :])
     padded.narrow(part.dim, part.start, part.size).copy_(here)
-    return ranks.largest(padded.amax(dim=dims, keepdim=True), part.group)
+    return ranks.largest(largest(padded).contiguous(), part.group)
 
 
 def part_of(name: str, tensor: Tensor) -> Part | None:
