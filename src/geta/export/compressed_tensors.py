@@ -30,8 +30,8 @@ from torch import Tensor
 
 from geta.errors import BadModelError, ConfigError
 from geta.export.cleanup import Network, arguments, copied
-from geta.export.linears import Input, Linear, even_groups, input_of, integer_linears, quantizer_name
-from geta.export.onnx_quant import ACTIVATIONS, BYTE, weight_of
+from geta.export.linears import Input, Linear, input_of, integer_linears, quantizer_name
+from geta.export.onnx_quant import ACTIVATIONS, BYTE, even_groups, weight_of
 from geta.export.pack import pack_bits
 
 if TYPE_CHECKING:

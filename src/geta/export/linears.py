@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -11,7 +10,6 @@ from torch import Tensor, fx
 
 from geta.export.cleanup import Network, arguments
 from geta.export.onnx_quant import ACTIVATIONS, BYTE, Activation, Weight, activation_of, weight_of
-from geta.quant.blocks import SHORTEST
 from geta.quant.targets import INPUT_QUANTIZER, OUTPUT_QUANTIZER
 
 _aten = torch.ops.aten
@@ -39,23 +37,6 @@ class Linear:
         """One scale per output channel, [O, 1]; of a layer without blocks."""
         assert not self.weight.blocks
         return self.weight.scale.reshape(-1, 1).expand(self.weight.codes.shape[0], 1).contiguous()
-
-
-def even_groups(weight: Weight) -> tuple[Tensor, int] | str:
-    """Scales of columns in groups of one size, without a shorter one at the end: (scale [O, I / size], size); or why there are none.
-
-    Blocks that became uneven are such groups if all of them begin at a multiple of some size, of at least 8 columns; each scale is
-    repeated then.
-    """
-    widths = weight.cutting.widths
-    size = math.gcd(*widths)
-    if size < SHORTEST:
-        return (
-            f"its {len(widths)} blocks have {min(widths)} to {max(widths)} columns, and there is no group of {SHORTEST} columns or more "
-            "that all of them are multiples of: keep numbers of columns that are multiples of 8 or more (multiple_of=)"
-        )
-    times = torch.tensor([width // size for width in widths], device=weight.scale.device)
-    return weight.scale.repeat_interleave(times, 1), size
 
 
 @dataclass(frozen=True)

@@ -82,7 +82,7 @@ def export_onnx(
 
 
 def _notes(network: Network) -> list[str]:
-    blocks = sum(node.target is dequantize_blocks for node in network.graph.nodes)
+    blocks = sum(node.target is dequantize_blocks for node in network.graph.nodes) - len(network.columns)
     if not blocks:
         return []
     key, value = EXACT_BLOCKS
@@ -99,7 +99,8 @@ def write_network(
     inputs = [node.name for node in network.graph.find_nodes(op="placeholder")]
     program, opened = exported(Exportable(network, shown), leaves, inputs, [name for _, name in shown], dynamic)
     strip(program)
-    multiply_out(program, [f"run.{flat(name)}" for name in network.spelled])
+    columns = {f"run.{flat(name)}": numbers.numpy() for name, numbers in network.columns.items()}
+    multiply_out(program, [f"run.{flat(name)}" for name in network.spelled], columns)
     pack_int4(program, [f"run.{flat(name)}" for name in network.narrow])
     return write(program, target), opened
 

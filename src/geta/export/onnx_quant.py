@@ -9,8 +9,8 @@ on uint8. The clip acts on integers, so it doesn't stand between a convolution a
 where it would change nothing (unsigned, n = 255) it is left out. Signed activations are uint8 with a zero point as well, which is what the
 integer kernels of x86 want.
 
-A matrix with one scale per block of columns stands behind a DequantizeLinear with a `block_size`; where its blocks became uneven the
-standard has none, and the file holds floats.
+A matrix with one scale per block of columns stands behind a DequantizeLinear with a `block_size`; where its blocks are uneven there
+is none, and the file multiplies integers with `Gather(scale, block of each column)`, which runtimes do once, at loading.
 
 A weight of b bits is its codes, as int8 (uint8 without a sign, int16 and int32 above 8 bits), behind a DequantizeLinear. `Form.uint8`:
 8-bit codes are stored as uint8 with zero point 128. On x86 CPUs without dot-product instructions kernels add two products of uint8 and int8
@@ -19,6 +19,7 @@ numbers in 16 bits, which may overflow with weights of 8 bits (not with 7 or few
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -27,7 +28,7 @@ import torch.onnx.ops
 from torch import Tensor, fx
 
 from geta.export.cleanup import Network, arguments
-from geta.quant.blocks import Blocks, Cutting, expanded
+from geta.quant.blocks import SHORTEST, Blocks, Cutting, block_of_column, expanded
 from geta.quant.fixed_ops import effective_scale, has_no_zero
 from geta.quant.ops import bit_width, prepared
 from geta.subnet.integers import whole_bits
@@ -56,7 +57,7 @@ def dequantize_linear(codes: Tensor, scale: Tensor, zero_point: Tensor | None, a
 
 
 def dequantize_blocks(codes: Tensor, scale: Tensor, zero_point: Tensor | None, axis: int, block_size: int) -> Tensor:
-    """(codes - zero_point) * scale with one scale for `block_size` entries along the axis; the last block may be shorter."""
+    """(codes - zero_point) * scale with one scale for `block_size` entries along the axis."""
     inputs = (codes, scale) if zero_point is None else (codes, scale, zero_point)
     attributes: dict[str, Any] = {"axis": axis, "block_size": block_size}
     return torch.onnx.ops.symbolic("DequantizeLinear", inputs, attributes, dtype=scale.dtype, shape=codes.shape, version=OPSET)
@@ -234,27 +235,41 @@ def lower_weight(network: Network, weight: Weight, before: fx.Node, form: Form) 
 
 
 def _lower_blocks(network: Network, weight: Weight, before: fx.Node, form: Form) -> fx.Node:
-    """The same for a matrix with a scale per block: the standard has blocks of one length, of which the last may be shorter."""
+    """The same for a matrix with a scale per block; runtimes read blocks of one length, without a shorter one at the end."""
     if form.order == (1, 0):
         weight = weight.turned
-    cut = weight.cutting
-    graph, codes, zero = network.graph, weight.codes.contiguous(), None if weight.codes.dtype is torch.int32 else 0
-    with graph.inserting_before(before):
-        if not is_even(weight):
-            new = network.add(f"{weight.name}.float", weight.values.contiguous())
-        else:
-            reads = [network.add(f"{weight.name}.stored", codes), network.add(f"{weight.name}.scale", weight.scale.contiguous())]
-            if weight.bits <= HALF_A_BYTE and codes.dtype.itemsize == 1:
-                network.narrow.append(str(reads[0].target))
-            point = None if zero is None else network.add(f"{weight.name}.zero_point", torch.zeros_like(weight.scale, dtype=codes.dtype))
-            new = graph.call_function(dequantize_blocks, (*reads, point, cut.axis, weight.blocks[0]))
+    cut, groups = weight.cutting, even_groups(weight)
+    scale, size = (weight.scale, 1) if isinstance(groups, str) else groups
+    with network.graph.inserting_before(before):
+        reads = [network.add(f"{weight.name}.stored", weight.codes.contiguous()), network.add(f"{weight.name}.scale", scale.contiguous())]
+        stored_name = str(reads[0].target)
+        if weight.bits <= HALF_A_BYTE and weight.codes.dtype.itemsize == 1:
+            network.narrow.append(stored_name)
+        if isinstance(groups, str):
+            network.spelled.append(stored_name)
+            network.columns[stored_name] = torch.from_numpy(block_of_column(cut.widths, cut.shape[cut.axis]))
+        zeros = torch.zeros_like(scale, dtype=weight.codes.dtype)
+        point = None if weight.codes.dtype is torch.int32 else network.add(f"{weight.name}.zero_point", zeros)
+        new = network.graph.call_function(dequantize_blocks, (*reads, point, cut.axis, size))
         new.meta = dict(before.meta)
     return new
 
 
-def is_even(weight: Weight) -> bool:
-    """Whether the standard knows the weight's scales: without blocks, or with blocks of one length."""
-    return len(weight.blocks) < 2
+def even_groups(weight: Weight) -> tuple[Tensor, int] | str:
+    """Scales of groups of columns of one size, without a shorter one at the end: (scale [O, I / size], size); or why there are none.
+
+    Blocks that became uneven are such groups if all of them begin at a multiple of some size, of at least 8 columns; each scale is
+    repeated then.
+    """
+    axis, widths = weight.cutting.axis, weight.cutting.widths
+    size = math.gcd(*widths)
+    if size < SHORTEST:
+        return (
+            f"its {len(widths)} blocks have {min(widths)} to {max(widths)} columns, which are no groups of one size of at least {SHORTEST} "
+            "columns, and others can't be written: granularity='channel' has no such blocks"
+        )
+    times = torch.tensor([width // size for width in widths], device=weight.scale.device)
+    return weight.scale.repeat_interleave(times, axis), size
 
 
 def bias_is_fine(network: Network, bias: fx.Node, input_scale: Tensor, weight: Weight) -> bool:

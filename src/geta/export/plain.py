@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, fx
 
 from geta.export.cleanup import Network, arguments
-from geta.export.onnx_quant import ACTIVATIONS, BYTE, HALF_A_BYTE, Weight, is_even, signed_power, weight_of
+from geta.export.onnx_quant import ACTIVATIONS, BYTE, HALF_A_BYTE, Weight, signed_power, weight_of
 from geta.quant.blocks import block_of_column
 from geta.quant.fixed_ops import effective_scale, has_no_zero
 from geta.quant.ops import prepared
@@ -101,7 +101,7 @@ def _spread(network: Network, weight: Weight) -> fx.Node:
     if not weight.blocks:
         return scale
     cut, graph = weight.cutting, network.graph
-    if not is_even(weight):
+    if len(weight.blocks) > 1:
         columns = torch.from_numpy(block_of_column(cut.widths, cut.shape[cut.axis])).to(torch.int32)
         return graph.call_function(_aten.index_select.default, (scale, cut.axis, network.add(f"{weight.name}.block_of_column", columns)))
     repeated = graph.call_function(_aten.repeat_interleave.self_int, (scale, weight.blocks[0], cut.axis))

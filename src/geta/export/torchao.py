@@ -26,8 +26,8 @@ from torch.nn.utils import parametrize
 
 from geta.errors import BadModelError, ConfigError
 from geta.export.cleanup import arguments, copied
-from geta.export.linears import even_groups, input_of, integer_linears
-from geta.export.onnx_quant import BYTE, HALF_A_BYTE, Weight
+from geta.export.linears import input_of, integer_linears
+from geta.export.onnx_quant import BYTE, HALF_A_BYTE, Weight, even_groups
 from geta.graph.names import canonical_name
 from geta.quant.fixed import FixedQuantizer
 from geta.quant.fixed_ops import effective_scale
