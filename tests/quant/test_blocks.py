@@ -261,3 +261,38 @@ def test_zero_blocks_can_grow_and_empty_weights_have_no_blocks() -> None:
         warnings.simplefilter("ignore")  # torch's own about tensors without elements, and ours about weights without blocks
         empty = quantize(nn.Linear(0, 4), activations=None, exclude=(), granularity="group", group_size=16)
     assert quantizers(empty)["weight"].blocks == ()
+
+
+@pytest.mark.parametrize("blocks", BLOCKS.values(), ids=BLOCKS)
+@pytest.mark.parametrize("turned", [False, True])
+def test_operators_keep_what_they_promise_when_traced(blocks: tuple[int, ...], turned: bool) -> None:
+    tensors = [WEIGHT, *parameters(len(widths_of(blocks, COLUMNS)))]
+    x, d, q_m, t = (tensor.t().contiguous() if turned else tensor for tensor in tensors)
+    codes = torch.randint(-4, 4, x.shape, dtype=torch.int8)
+    utilities = ("test_schema", "test_faketensor", "test_autograd_registration")
+    calls = [
+        (torch.ops.geta.fake_quantize.default, (x.requires_grad_(), d, q_m, t, True, True, [0.21])),
+        (torch.ops.geta.lsq_quantize.default, (x, d, 3, -4, 3, [])),
+        (torch.ops.geta.dequantize.default, (codes, d.clone().requires_grad_(), 4)),
+    ]
+    for operator, arguments in calls:
+        torch.library.opcheck(operator, arguments, {"blocks": [*blocks]}, test_utils=utilities)
+        found, traced = operator(*arguments, blocks=blocks), torch.empty_like(arguments[0])
+        assert found.stride() == traced.stride()
+
+
+@pytest.mark.parametrize("bits", [(4, 8), FixedBits(3)])
+def test_compiled_models_compute_the_same(bits: object) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(40, 24), nn.ReLU(), nn.Linear(24, 4))
+    quantize(model, weights=bits, activations=None, exclude=(), granularity="group", group_size=16, surrogate=Fourier())
+    x = torch.randn(3, 40)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    gradients = []
+    for one in (model, compiled):
+        model.zero_grad()
+        one(x).square().sum().backward()
+        gradients.append([parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None])
+    assert torch.equal(compiled(x), model(x))
+    for found, expected in zip(*gradients, strict=True):
+        torch.testing.assert_close(found, expected)
