@@ -24,6 +24,7 @@ def same_families(
     kwargs: Mapping[str, Any] | None = None,
     *,
     granularity: Granularity = "tensor",
+    group_size: int | None = None,
     exact: bool = True,
     plain: DependencyGraph | None = None,
 ) -> list[str]:
@@ -42,6 +43,7 @@ def same_families(
         weights=Bits(4, 8),
         activations=Bits(8, 8),
         granularity=granularity,
+        group_size=group_size,
         exclude=excluded,
         calibration=[_batch(model, args, dict(kwargs or {}))],
     )

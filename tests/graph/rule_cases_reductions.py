@@ -159,6 +159,7 @@ def lookups() -> list[Case]:
     fake = torch.ops.geta.fake_quantize
     lsq = torch.ops.geta.lsq_quantize
     per_row: dict[str, Spec] = {"d": lambda g: torch.rand(6, 1, generator=g, dtype=torch.float64) * 0.05 + 0.01}
+    by_block: Spec = lambda g: torch.rand(6, 2, generator=g, dtype=torch.float64) * 0.05 + 0.01
     ints: Spec = lambda g: torch.randint(-8, 8, (6, 4), generator=g, dtype=torch.int8)
     return [
         by("index", lambda x, i: aten.index(x, [None, i]), "one dimension"),
@@ -217,6 +218,13 @@ def lookups() -> list[Case]:
             {"a.0": 6, "d.0": 6},
             buffers={name: number(value) for name, value in (("q_m", 2.0), ("t", 1.0))},
             label="a weight by rows",
+        ),
+        Case(
+            "geta::fake_quantize",
+            lambda p, x: lin(lin(x, fake(p.a, p.d, p.q_m, p.t, True, True, [], blocks=[2])), p.b),
+            {**SIX, **dict.fromkeys(("d", "q_m", "t"), by_block)},
+            {"a.0": 6, "d.0": 6, "q_m.0": 6, "t.0": 6},
+            label="a weight by rows and blocks of columns",
         ),
         Case(
             "geta::lsq_quantize",

@@ -23,6 +23,7 @@ from geta.subnet.comparison import max_difference
 
 decomposed = torch.ops.quantized_decomposed
 torch.set_num_threads(1)
+CONVOLUTIONAL = [name for name in nets.NETS if name.startswith(("resnet", "vgg", "mobilenet", "densenet", "shufflenet"))]
 SMALL = [name for name in nets.NETS if name != "resnet56"]  # resnet20 has the same blocks
 
 
@@ -31,6 +32,14 @@ SMALL = [name for name in nets.NETS if name != "resnet56"]  # resnet20 has the s
 def test_quantizers_of_geta_leave_the_families_alone(name: str, granularity: str) -> None:
     model, args, kwargs = nets.NETS[name]()
     assert same_families(model, args, kwargs, granularity=granularity) == []  # type: ignore[arg-type]
+
+
+@pytest.mark.filterwarnings("ignore:granularity='group' cuts:UserWarning")
+@pytest.mark.parametrize("name", [name for name in SMALL if name not in CONVOLUTIONAL])
+def test_scales_per_block_of_columns_leave_the_families_alone(name: str) -> None:
+    """The rows of scales go with the weight's rows; columns go one by one, whatever block they are in."""
+    model, args, kwargs = nets.NETS[name]()
+    assert same_families(model, args, kwargs, granularity="group", group_size=8) == []
 
 
 def test_the_comparison_sees_a_difference() -> None:

@@ -385,7 +385,7 @@ def test_copied_layers_inside_a_model_are_found() -> None:
         ({"weights": None, "activations": None}, "weights and activations are both None"),
         ({"surrogate": "ste"}, r"surrogate: 'ste' has no coefficients; use STE\(\) or Fourier"),
         ({"surrogate": Fourier}, "surrogate: .* has no coefficients"),
-        ({"granularity": "row"}, "granularity: 'row' is unknown; use 'tensor' or 'channel'"),
+        ({"granularity": "row"}, "granularity: 'row' is unknown; use 'tensor', 'channel' or 'group'"),
         ({"initial_bits": 3}, r"initial_bits: 3 is outside \[4, 16\].*16 is a good start"),
         ({"initial_bits": 17}, r"initial_bits: 17 is outside \[4, 16\]"),
         ({"weights": (8, 4)}, r"bits: \(8, 4\) is impossible"),

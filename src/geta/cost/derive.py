@@ -24,6 +24,7 @@ from geta.graph.capture import Capture
 from geta.graph.dependency import Analysis, DependencyGraph, analysed
 from geta.graph.names import canonical_name
 from geta.graph.propagate import bind_arguments
+from geta.quant.blocks import Cutting
 from geta.quant.fixed import FixedQuantizer
 from geta.quant.quantizer import Quantizer
 
@@ -211,6 +212,9 @@ class _Derivation:
         for name, (node, step) in one.coded.items():
             yield self._tensor(one, one.first[name], parameter=True, width=self._width(node))
             yield self._tensor(one, step, parameter=False)
+            if self._loses_columns(one, node, step):
+                note = f"the scales of '{name}' are bounded from above: those of a block stay until the last of its columns goes"
+                self._notes[note] = None
         widths: dict[str, list[Width]] = {}
         quantizer: dict[str, bool] = {}  # tensor of a quantizer -> whether the compact model counts it
         for node, x, _ in _quantized(one.live):
@@ -230,6 +234,15 @@ class _Derivation:
             width = width if quantized is None else self._numbered(quantized)
             parameter = (isinstance(one.tensors[name], nn.Parameter) or width is not None) and name not in quantizer
             yield self._tensor(one, one.first[name], parameter=parameter, width=width)
+
+    @staticmethod
+    def _loses_columns(graph: _Graph, node: fx.Node, step: fx.Node) -> bool:
+        """Whether columns of a weight with one scale per block of them can go; its scales don't follow one by one."""
+        bound = bind_arguments(node, lambda arg: arg)
+        if not bound["blocks"]:
+            return False
+        weight, scale = (graph.tensors[graph.names[one]] for one in (bound["x"], step))
+        return bool(graph.shrinkage.slopes(bound["x"], Cutting.of(weight.shape, scale.shape, bound["blocks"]).axis)[0])
 
     def _only_trained(self) -> Iterator[TensorTerm]:
         """Tensors that only the training graph of the compact model reads: counters, auxiliary heads."""

@@ -33,13 +33,15 @@ _WITHOUT_EFFECT = (_aten.detach.default, _aten.detach_.default, _aten.alias.defa
 class Network:
     """A graph and the tensors that it reads by name; both belong to whoever holds this.
 
-    narrow: names of codes of up to 4 bits. spelled: names of codes that are multiplied out where a file is loaded.
+    narrow: names of codes of up to 4 bits. spelled: names of codes that are multiplied out where a file is loaded. columns: for some of
+    these, which of the scales along the axis belongs to each entry.
     """
 
     graph: fx.Graph
     tensors: dict[str, Tensor]
     narrow: list[str] = field(default_factory=list)
     spelled: list[str] = field(default_factory=list)
+    columns: dict[str, Tensor] = field(default_factory=dict)
 
     def read(self, node: fx.Node) -> Tensor:
         return self.tensors[str(node.target)]
@@ -161,7 +163,7 @@ def _scaled(network: Network, weight: fx.Node, gain: Tensor, axis: int) -> fx.No
         network.add(f"{found[0].target}_folded", codes * sign),
         network.add(f"{found[1].target}_folded", torch.where(silent, 1.0, wide).to(scale.dtype)),
     )
-    new = network.graph.call_function(torch.ops.geta.dequantize.default, (*reads, found[2]))
+    new = network.graph.call_function(torch.ops.geta.dequantize.default, (*reads, found[2]), dict(weight.kwargs))
     new.meta = dict(weight.meta)
     return new
 

@@ -3,9 +3,12 @@
 For every linear layer with integer weights of b bits, codes [O, I]:
 
     <path>.weight_packed  int32 [O, ceil(I b / 32)]: each row's codes + 2^(b-1), b bits each, lowest bits first, without gaps
-    <path>.weight_scale   [O, 1], one per output channel (a scale per tensor is repeated)
+    <path>.weight_scale   [O, 1], one per output channel (a scale per tensor is repeated); [O, I / g] with a scale per g columns
     <path>.weight_shape   int64 [2] = O, I
     <path>.input_scale, .input_zero_point   [1], where the layer's input is quantized in a way that the format can say
+
+Groups of columns all have g columns: the format's index of columns, `weight_g_idx`, is no longer read by its package. Blocks that became
+uneven are groups of a smaller size where there is one that all of them are multiples of, and floating-point values otherwise.
 
 All other tensors keep their name and values. `weight_packed` times `weight_scale` is bitwise the compact model's weight.
 """
@@ -29,7 +32,7 @@ from geta.errors import BadModelError, ConfigError
 from geta.export.between import ACTIVATIONS, arguments
 from geta.export.cleanup import Network, copied
 from geta.export.linears import Input, Linear, input_of, integer_linears, quantizer_name
-from geta.export.onnx_quant import BYTE, weight_of
+from geta.export.onnx_quant import BYTE, even_groups, weight_of
 from geta.export.pack import pack_bits
 
 if TYPE_CHECKING:
@@ -51,6 +54,7 @@ class CompressedTensorsReport:
     lost:     {quantizer name: why this quantizer of activations is not in the file, so that readers compute without it}.
     notes:    where readers may compute something else, in words.
     bytes:    size of the tensor file.
+    groups:   {module path: how many columns share a scale}, for packed layers with several per row.
     """
 
     packed: dict[str, int]
@@ -59,6 +63,7 @@ class CompressedTensorsReport:
     lost: dict[str, str]
     notes: list[str]
     bytes: int
+    groups: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass
@@ -67,6 +72,7 @@ class PackedFile:
 
     tensors: dict[str, Tensor] = field(default_factory=dict)
     packed: dict[str, int] = field(default_factory=dict)
+    groups: dict[str, int] = field(default_factory=dict)
     floating: dict[str, str] = field(default_factory=dict)
     inputs: dict[str, dict[str, Any]] = field(default_factory=dict)
     lost: dict[str, str] = field(default_factory=dict)
@@ -103,7 +109,7 @@ def save_compressed_tensors(model: CompactModel, folder: str | Path, *, widths: 
         )
     settings["quantization_config"] = file.config
     size = _write(target, file.tensors, settings)
-    return CompressedTensorsReport(file.packed, file.floating, file.input_bits, file.lost, file.notes, size)
+    return CompressedTensorsReport(file.packed, file.floating, file.input_bits, file.lost, file.notes, size, file.groups)
 
 
 @torch.no_grad()
@@ -145,15 +151,17 @@ def _add_weights(file: PackedFile, networks: Sequence[Network], widths: Sequence
             width = next((bits for bits in widths if bits >= linear.width), None)
             if name in others or name in file.floating or path in packed:
                 continue
-            if not path or width is None:
-                reason = (
-                    f"it has {linear.width} bits and widths are {list(widths)}" if path else "the model itself is the layer: it has no path"
-                )
-                file.floating[name] = reason
+            scale = _scale(linear)
+            if not path or width is None or isinstance(scale, str):
+                bits = f"it has {linear.width} bits and widths are {list(widths)}"
+                none = "the model itself is the layer: it has no path"
+                file.floating[name] = none if not path else scale if isinstance(scale, str) else bits
                 continue
             packed[path], file.packed[path] = linear, width
             file.tensors[f"{path}.weight_packed"] = pack_rows(linear.weight.codes, width)
-            file.tensors[f"{path}.weight_scale"] = linear.row_scale
+            file.tensors[f"{path}.weight_scale"] = scale
+            if linear.weight.blocks:
+                file.groups[path] = linear.weight.codes.shape[1] // scale.shape[1]
             file.tensors[f"{path}.weight_shape"] = torch.tensor(linear.weight.codes.shape)
             if linear.dtype != linear.weight.scale.dtype:
                 file.notes.append(
@@ -169,6 +177,14 @@ def _add_weights(file: PackedFile, networks: Sequence[Network], widths: Sequence
                 file.tensors[name] = weight.values.to(weight.scale.dtype if cast is None else arguments(cast)["dtype"])
                 file.floating.setdefault(name, others.get(name, ""))
     return packed
+
+
+def _scale(linear: Linear) -> Tensor | str:
+    """A layer's scales as the format has them, or why there are none."""
+    if not linear.weight.blocks:
+        return linear.row_scale
+    found = even_groups(linear.weight)
+    return found if isinstance(found, str) else found[0].contiguous()
 
 
 def _refuse_unfinished(network: Network) -> None:
@@ -257,7 +273,9 @@ def _quantization_config(file: PackedFile, network: Network) -> dict[str, Any]:
     groups: dict[str, dict[str, Any]] = {}
     for path, bits in file.packed.items():
         inputs = file.inputs.get(path)
-        weights = {"num_bits": bits, "type": "int", "symmetric": True, "strategy": "channel", "group_size": None, "dynamic": False}
+        size = file.groups.get(path)
+        strategy = "channel" if size is None else "group"
+        weights = {"num_bits": bits, "type": "int", "symmetric": True, "strategy": strategy, "group_size": size, "dynamic": False}
         scheme = {"weights": weights, "input_activations": inputs, "output_activations": None, "format": FORMAT}
         group = groups.setdefault(json.dumps(scheme), {"targets": [], **scheme})
         group["targets"].append(path)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, fx
@@ -23,8 +23,8 @@ _READ_AS: dict[object, str] = {_aten.embedding.default: "an embedding"}
 class Linear:
     """A linear layer with integer weights.
 
-    weight: codes [O, I], scale [] or [O, 1]. width: the fewest bits, at least the weight's, in which signed integers hold all codes.
-    dtype: of the weight's values as the layer reads them. calls: the layer's `aten.linear` nodes.
+    weight: codes [O, I], scale [], [O, 1] or [O, B] for B blocks of columns. width: the fewest bits, at least the weight's, in which
+    signed integers hold all codes. dtype: of the weight's values as the layer reads them. calls: the layer's `aten.linear` nodes.
     """
 
     path: str
@@ -35,7 +35,8 @@ class Linear:
 
     @property
     def row_scale(self) -> Tensor:
-        """One scale per output channel, [O, 1]."""
+        """One scale per output channel, [O, 1]; of a layer without blocks."""
+        assert not self.weight.blocks
         return self.weight.scale.reshape(-1, 1).expand(self.weight.codes.shape[0], 1).contiguous()
 
 
@@ -76,7 +77,7 @@ def product_of(network: Network, node: fx.Node) -> Product | None:
     if weight is None or weight.codes.dim() != 2:
         return None
     if not turned:
-        weight = replace(weight, codes=weight.codes.T, scale=weight.scale.T if weight.scale.dim() == 2 else weight.scale)
+        weight = weight.turned
     addmm = node.target is _aten.addmm.default
     return Product(bound["mat1"] if addmm else bound["self"], weight, bound["self"] if addmm else None)
 
@@ -118,7 +119,9 @@ def _linear(name: str, weight: Weight, readers: list[tuple[fx.Node, fx.Node]]) -
             return f"it is read by {_READ_AS.get(reader.target, reader.target)} in '{_path(reader)}', not by linear layers only"
         if leaf != "weight" or _path(reader) != path:
             return f"it is read by a linear product in '{_path(reader)}', so it is not the weight of a linear layer of its own"
-    if weight.scale.numel() != 1 and tuple(weight.scale.shape) != (weight.codes.shape[0], 1):
+    if weight.blocks and weight.cutting.axis != 1:
+        return "its scales are one per block of output channels"
+    if not weight.blocks and weight.scale.numel() != 1 and tuple(weight.scale.shape) != (weight.codes.shape[0], 1):
         return f"its scale has the shape {list(weight.scale.shape)}: neither one per tensor nor one per output channel"
     width = max(weight.bits, _width(weight.codes))
     if width > BYTE:

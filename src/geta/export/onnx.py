@@ -24,7 +24,7 @@ from geta.export.cleanup import Network, clean_up, copied
 from geta.export.modules import Dynamic, Exportable, check_wishes, example_inputs, flat, named_outputs, with_open_sizes
 from geta.export.onnx_file import multiply_out, pack_int4, simplify, strip, write
 from geta.export.onnx_lower import Lowered, lower
-from geta.export.onnx_quant import OPSET
+from geta.export.onnx_quant import EXACT_BLOCKS, OPSET, dequantize_blocks
 from geta.export.plain import lower_plain
 
 if TYPE_CHECKING:
@@ -42,6 +42,7 @@ class OnnxReport:
     bytes: size of the file(s). inputs, outputs: their names. dynamic: name -> the dimensions that stayed open.
     folded: module paths of the batch norms that went into the layer before them.
     integer: module paths of the layers that integer kernels can run. floating: module path -> why a layer can't be.
+    notes: where runtimes may compute something else, in words.
     """
 
     path: Path
@@ -52,6 +53,7 @@ class OnnxReport:
     folded: list[str] = field(default_factory=list)
     integer: list[str] = field(default_factory=list)
     floating: dict[str, str] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
 
 
 def export_onnx(
@@ -75,7 +77,19 @@ def export_onnx(
     shown = named_outputs(model, network)
     size, opened = write_network(network, shown, example_inputs(network.graph), target, dynamic=dynamic)
     inputs = [node.name for node in network.graph.find_nodes(op="placeholder")]
-    return OnnxReport(target, size, inputs, [name for _, name in shown], opened, folded, lowered.integer, lowered.floating)
+    names, notes = [name for _, name in shown], _notes(network)
+    return OnnxReport(target, size, inputs, names, opened, folded, lowered.integer, lowered.floating, notes)
+
+
+def _notes(network: Network) -> list[str]:
+    blocks = sum(node.target is dequantize_blocks for node in network.graph.nodes) - len(network.columns)
+    if not blocks:
+        return []
+    key, value = EXACT_BLOCKS
+    return [
+        f"{blocks} weights have one scale per block of columns: ONNX Runtime's kernels for them round what they are multiplied with to 8 "
+        f"bits, unless its session option '{key}' is '{value}'"
+    ]
 
 
 def write_network(
@@ -85,7 +99,8 @@ def write_network(
     inputs = [node.name for node in network.graph.find_nodes(op="placeholder")]
     program, opened = exported(Exportable(network, shown), leaves, inputs, [name for _, name in shown], dynamic)
     strip(program)
-    multiply_out(program, [f"run.{flat(name)}" for name in network.spelled])
+    columns = {f"run.{flat(name)}": numbers.numpy() for name, numbers in network.columns.items()}
+    multiply_out(program, [f"run.{flat(name)}" for name in network.spelled], columns)
     pack_int4(program, [f"run.{flat(name)}" for name in network.narrow])
     return write(program, target), opened
 

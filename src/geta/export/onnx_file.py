@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -66,10 +66,11 @@ def pack_int4(program: Any, names: Iterable[str]) -> None:
         graph.insert_before(graph[0], cast)
 
 
-def multiply_out(program: Any, names: Iterable[str]) -> None:
+def multiply_out(program: Any, names: Iterable[str], columns: Mapping[str, np.ndarray]) -> None:
     """Write `codes * scale` where a DequantizeLinear would stay at run time: runtimes compute constants once, when they load the file.
 
     They would dequantize such a weight in every run, and ONNX Runtime would round the floating-point numbers that it is multiplied with.
+    columns: name -> which of the scales along the axis belongs to each entry, where they are neither one for each nor one for all.
     """
     import onnx_ir as ir
 
@@ -79,7 +80,10 @@ def multiply_out(program: Any, names: Iterable[str]) -> None:
             codes, scale, *_ = user.inputs
             axis = user.attributes["axis"].as_int() if "axis" in user.attributes else 0
             numbers = scale.const_value.numpy()
-            if numbers.ndim:
+            before: list[Any] = []
+            if name in columns:
+                scale, before = _picked(graph, name, scale, columns[name], axis)
+            elif numbers.ndim:
                 shape = [1] * len(codes.shape)
                 shape[axis] = -1
                 scale = ir.Value(name=f"{name}_scales", const_value=ir.tensor(numbers.reshape(shape), name=f"{name}_scales"))
@@ -89,10 +93,21 @@ def multiply_out(program: Any, names: Iterable[str]) -> None:
             product = ir.node("Mul", [cast.outputs[0], scale])
             product.outputs[0].name, product.outputs[0].dtype = f"{name}_values", ir.DataType.FLOAT
             product.outputs[0].shape = codes.shape
-            graph.insert_before(user, [cast, product])
+            graph.insert_before(user, [*before, cast, product])
             for reader, place in [*user.outputs[0].uses()]:
                 reader.replace_input_with(place, product.outputs[0])
             graph.remove(user, safe=True)
+
+
+def _picked(graph: Any, name: str, scale: Any, columns: np.ndarray, axis: int) -> tuple[Any, list[Any]]:
+    """Scales of the entries' own number along the axis, and the node that makes them."""
+    import onnx_ir as ir
+
+    index = ir.Value(name=f"{name}_columns", const_value=ir.tensor(columns.astype(np.int32), name=f"{name}_columns"))
+    graph.initializers[index.name] = index
+    gather = ir.node("Gather", [scale, index], attributes={"axis": axis})
+    gather.outputs[0].name, gather.outputs[0].dtype = f"{name}_scales", ir.DataType.FLOAT
+    return gather.outputs[0], [gather]
 
 
 def write(program: Any, target: Path) -> int:

@@ -19,6 +19,7 @@ from geta.export.onnx_quant import (
     activation_of,
     bias_is_fine,
     dequantize_linear,
+    even_groups,
     gather_rows,
     integer_bias,
     lower_activation,
@@ -27,6 +28,7 @@ from geta.export.onnx_quant import (
     weight_of,
 )
 from geta.export.plain import lower_plain_activation
+from geta.quant.blocks import block_of_column
 from geta.quant.results import CONVOLUTIONS, RELUS
 from geta.subnet.integers import drop_unused
 
@@ -90,7 +92,8 @@ class _Lowering:
             if weight is not None and node.users:
                 reader = next(iter(node.users))
                 path = str(reader.meta.get("module_path", "")) or reader.name
-                self._done.floating.setdefault(path, f"its weight is read by {reader.target}, which isn't written in integers")
+                why = f"; {_blocks_in_words(weight)}" if weight.blocks else ""
+                self._done.floating.setdefault(path, f"its weight is read by {reader.target}, which isn't written in integers{why}")
                 node.replace_all_uses_with(lower_weight(network, weight, node, Form(self._uint8, integer=False)))
         drop_unused(network.graph)
         return self._done
@@ -146,6 +149,8 @@ class _Lowering:
         reasons = []
         if weight is None or weight.bits > BYTE:
             reasons.append("its weight isn't quantized" if weight is None else f"its weight has {weight.bits} bits")
+        elif weight.blocks:
+            reasons.append(_blocks_in_words(weight))
         elif weight.scale.numel() > 1 and weight.scale.shape[0] == 1:
             reasons.append("its weight has one scale per input channel")
         found = self._quantizers.get(source)
@@ -193,10 +198,20 @@ class _Lowering:
             return self._network.graph.call_function(operator, args)
 
 
+def _blocks_in_words(weight: Weight) -> str:
+    """Why integer products don't read a weight with a scale per block, and how it is written."""
+    if not isinstance(even_groups(weight), str):
+        return "its weight has one scale per block of columns: it is dequantized, in blocks, in front of a product of floats"
+    return "its weight's blocks of columns are uneven, which runtimes have no kernels for: it is multiplied out when the file is loaded"
+
+
 def _lower_embedding(network: Network, node: fx.Node) -> None:
     """Look rows up among the integers and dequantize these alone."""
     bound = arguments(node)
     weight = weight_of(network, bound["weight"])
+    if weight is not None and weight.blocks and weight.cutting.axis == 1:
+        _lower_embedding_in_blocks(network, node, weight)
+        return
     if weight is None or weight.scale.numel() != 1 or weight.codes.dtype not in (torch.int8, torch.uint8):
         return
     with network.graph.inserting_before(node):
@@ -209,3 +224,20 @@ def _lower_embedding(network: Network, node: fx.Node) -> None:
         new.meta = dict(node.meta)
     node.replace_all_uses_with(new)
     network.graph.erase_node(node)
+
+
+def _lower_embedding_in_blocks(network: Network, node: fx.Node, weight: Weight) -> None:
+    """The same where every row has one scale per block: rows of scales are looked up as well, and multiplied column by column."""
+    graph, places, cut = network.graph, arguments(node)["indices"], weight.cutting
+    columns = torch.from_numpy(block_of_column(cut.widths, cut.shape[1]))
+    with graph.inserting_before(node):
+        reads = (network.add(f"{weight.name}.rows", weight.codes), network.add(f"{weight.name}.scale", weight.scale))
+        if weight.bits <= HALF_A_BYTE and weight.codes.dtype.itemsize == 1:
+            network.narrow.append(str(reads[0].target))
+        rows, scales = (graph.call_function(gather_rows, (read, places)) for read in reads)
+        floats = graph.call_function(_aten.to.dtype, (rows, weight.scale.dtype))
+        spread = graph.call_function(_aten.index_select.default, (scales, -1, network.add(f"{weight.name}.block_of_column", columns)))
+        new = graph.call_function(_aten.mul.Tensor, (floats, spread))
+        new.meta = dict(node.meta)
+    node.replace_all_uses_with(new)
+    graph.erase_node(node)

@@ -9,6 +9,9 @@ on uint8. The clip acts on integers, so it doesn't stand between a convolution a
 where it would change nothing (unsigned, n = 255) it is left out. Signed activations are uint8 with a zero point as well, which is what the
 integer kernels of x86 want.
 
+A matrix with one scale per block of columns stands behind a DequantizeLinear with a `block_size`; where its blocks are uneven there
+is none, and the file multiplies integers with `Gather(scale, block of each column)`, which runtimes do once, at loading.
+
 A weight of b bits is its codes, as int8 (uint8 without a sign, int16 and int32 above 8 bits), behind a DequantizeLinear. `Form.uint8`:
 8-bit codes are stored as uint8 with zero point 128. On x86 CPUs without dot-product instructions kernels add two products of uint8 and int8
 numbers in 16 bits, which may overflow with weights of 8 bits (not with 7 or fewer); with two uint8 numbers they don't.
@@ -16,7 +19,8 @@ numbers in 16 bits, which may overflow with weights of 8 bits (not with 7 or few
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -25,6 +29,7 @@ from torch import Tensor, fx
 
 from geta.export.between import ACTIVATIONS, Path, arguments, path_to
 from geta.export.cleanup import Network
+from geta.quant.blocks import SHORTEST, Blocks, Cutting, block_of_column, expanded
 from geta.quant.fixed_ops import effective_scale, has_no_zero
 from geta.quant.ops import bit_width, prepared
 from geta.subnet.integers import whole_bits
@@ -33,6 +38,8 @@ OPSET = 21
 _MIDDLE, _TOP = 128, 255
 _SATURATING_BITS = 8
 HALF_A_BYTE, BYTE = 4, 8
+EXACT_BLOCKS = ("session.qdq_matmulnbits_accuracy_level", "1")
+"""The session option with which ONNX Runtime multiplies weights of one scale per block with the numbers that it is given."""
 
 
 def quantize_linear(x: Tensor, scale: Tensor, zero_point: Tensor, axis: int) -> Tensor:
@@ -46,6 +53,13 @@ def dequantize_linear(codes: Tensor, scale: Tensor, zero_point: Tensor | None, a
     """(codes - zero_point) * scale."""
     inputs = (codes, scale) if zero_point is None else (codes, scale, zero_point)
     return torch.onnx.ops.symbolic("DequantizeLinear", inputs, {"axis": axis}, dtype=scale.dtype, shape=codes.shape, version=OPSET)
+
+
+def dequantize_blocks(codes: Tensor, scale: Tensor, zero_point: Tensor | None, axis: int, block_size: int) -> Tensor:
+    """(codes - zero_point) * scale with one scale for `block_size` entries along the axis."""
+    inputs = (codes, scale) if zero_point is None else (codes, scale, zero_point)
+    attributes: dict[str, Any] = {"axis": axis, "block_size": block_size}
+    return torch.onnx.ops.symbolic("DequantizeLinear", inputs, attributes, dtype=scale.dtype, shape=codes.shape, version=OPSET)
 
 
 def clip_codes(codes: Tensor, lowest: Tensor, highest: Tensor) -> Tensor:
@@ -174,17 +188,31 @@ def signed_power(network: Network, name: str, x: Any, t: Tensor) -> fx.Node:
 
 @dataclass(frozen=True)
 class Weight:
-    """An integer weight. codes: as stored; scale: [] or a shape that broadcasts against them."""
+    """An integer weight. codes: as stored; scale: [], a shape that broadcasts against them, or one number per row and block.
+
+    blocks: lengths of the blocks of columns (`geta.quant.blocks`), () where there are none.
+    """
 
     name: str
     codes: Tensor
     scale: Tensor
     bits: int
+    blocks: Blocks = ()
 
     @property
     def values(self) -> Tensor:
         """The weight in floating point, bitwise what the graph computes."""
-        return (self.codes.to(self.scale.dtype) * self.scale).add_(0.0)
+        return (self.codes.to(self.scale.dtype) * expanded(self.scale, self.codes.shape, self.blocks)).add_(0.0)
+
+    @property
+    def turned(self) -> Weight:
+        """The matrix with its dimensions exchanged."""
+        return replace(self, codes=self.codes.T, scale=self.scale.T if self.scale.dim() == 2 else self.scale)
+
+    @property
+    def cutting(self) -> Cutting:
+        """How the matrix is cut into blocks."""
+        return Cutting.of(self.codes.shape, self.scale.shape, self.blocks)
 
 
 def weight_of(network: Network, node: object) -> Weight | None:
@@ -194,7 +222,8 @@ def weight_of(network: Network, node: object) -> Weight | None:
     codes, scale, bits = node.args
     if not isinstance(codes, fx.Node) or not isinstance(scale, fx.Node) or codes.op != "get_attr" or scale.op != "get_attr":
         return None
-    return Weight(str(codes.target), network.read(codes), network.read(scale), int(str(bits)))
+    blocks = tuple(int(str(width)) for width in node.kwargs.get("blocks", ()))  # type: ignore[union-attr]
+    return Weight(str(codes.target), network.read(codes), network.read(scale), int(str(bits)), blocks)
 
 
 def stored(weight: Weight, *, uint8: bool) -> tuple[Tensor, int | None]:
@@ -215,6 +244,8 @@ class Form:
 
 def lower_weight(network: Network, weight: Weight, before: fx.Node, form: Form) -> fx.Node:
     """A node for the weight's values."""
+    if weight.blocks:
+        return _lower_blocks(network, weight, before, form)
     codes, zero = stored(weight, uint8=form.uint8 and form.integer)
     scale = weight.scale.expand([1] * (codes.dim() - weight.scale.dim()) + list(weight.scale.shape)) if weight.scale.dim() else weight.scale
     if form.order is not None:
@@ -230,6 +261,44 @@ def lower_weight(network: Network, weight: Weight, before: fx.Node, form: Form) 
         new = network.graph.call_function(dequantize_linear, (*reads, point, _axis(scale)))
         new.meta = dict(before.meta)
     return new
+
+
+def _lower_blocks(network: Network, weight: Weight, before: fx.Node, form: Form) -> fx.Node:
+    """The same for a matrix with a scale per block; runtimes read blocks of one length, without a shorter one at the end."""
+    if form.order == (1, 0):
+        weight = weight.turned
+    cut, groups = weight.cutting, even_groups(weight)
+    scale, size = (weight.scale, 1) if isinstance(groups, str) else groups
+    with network.graph.inserting_before(before):
+        reads = [network.add(f"{weight.name}.stored", weight.codes.contiguous()), network.add(f"{weight.name}.scale", scale.contiguous())]
+        stored_name = str(reads[0].target)
+        if weight.bits <= HALF_A_BYTE and weight.codes.dtype.itemsize == 1:
+            network.narrow.append(stored_name)
+        if isinstance(groups, str):
+            network.spelled.append(stored_name)
+            network.columns[stored_name] = torch.from_numpy(block_of_column(cut.widths, cut.shape[cut.axis]))
+        zeros = torch.zeros_like(scale, dtype=weight.codes.dtype)
+        point = None if weight.codes.dtype is torch.int32 else network.add(f"{weight.name}.zero_point", zeros)
+        new = network.graph.call_function(dequantize_blocks, (*reads, point, cut.axis, size))
+        new.meta = dict(before.meta)
+    return new
+
+
+def even_groups(weight: Weight) -> tuple[Tensor, int] | str:
+    """Scales of groups of columns of one size, without a shorter one at the end: (scale [O, I / size], size); or why there are none.
+
+    Blocks that became uneven are such groups if all of them begin at a multiple of some size, of at least 8 columns; each scale is
+    repeated then.
+    """
+    axis, widths = weight.cutting.axis, weight.cutting.widths
+    size = math.gcd(*widths)
+    if size < SHORTEST:
+        return (
+            f"its {len(widths)} blocks have {min(widths)} to {max(widths)} columns, which are no groups of one size of at least {SHORTEST} "
+            "columns, and others can't be written: granularity='channel' has no such blocks"
+        )
+    times = torch.tensor([width // size for width in widths], device=weight.scale.device)
+    return weight.scale.repeat_interleave(times, axis), size
 
 
 def bias_is_fine(network: Network, bias: fx.Node, input_scale: Tensor, weight: Weight) -> bool:

@@ -21,7 +21,7 @@ from geta.export.cleanup import Network, clean_up, copied
 from geta.export.modules import example_inputs, named_outputs
 from geta.export.onnx import write_network
 from geta.export.onnx_lower import lower
-from geta.export.onnx_quant import activation_of
+from geta.export.onnx_quant import EXACT_BLOCKS, activation_of
 
 if TYPE_CHECKING:
     from geta.subnet.model import CompactModel
@@ -105,6 +105,7 @@ def opened(model: str | bytes, threads: int) -> Any:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 3
+    options.add_session_config_entry(*EXACT_BLOCKS)
     return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 
 

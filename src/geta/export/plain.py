@@ -14,7 +14,8 @@ from torch import Tensor, fx
 
 from geta.export.between import ACTIVATIONS, arguments
 from geta.export.cleanup import Network
-from geta.export.onnx_quant import BYTE, HALF_A_BYTE, signed_power, weight_of
+from geta.export.onnx_quant import BYTE, HALF_A_BYTE, Weight, signed_power, weight_of
+from geta.quant.blocks import block_of_column
 from geta.quant.fixed_ops import effective_scale, has_no_zero
 from geta.quant.ops import prepared
 from geta.subnet.integers import drop_unused
@@ -86,13 +87,26 @@ def _weight(network: Network, node: fx.Node, *, packed: bool) -> fx.Node:
     assert weight is not None
     graph = network.graph
     with graph.inserting_before(node):
-        scale = network.add(f"{weight.name}.scale", weight.scale)
         if not packed:
             return network.add(f"{weight.name}.float", weight.values)
+        scale = _spread(network, weight)
         if weight.bits > HALF_A_BYTE or weight.codes.dtype.itemsize > 1:
             codes = graph.call_function(_aten.to.dtype, (network.add(f"{weight.name}.codes", weight.codes), weight.scale.dtype))
             return _times(graph, codes, scale)
         return _times(graph, _unpacked(network, weight.name, weight.codes, weight.bits, weight.scale.dtype), scale)
+
+
+def _spread(network: Network, weight: Weight) -> fx.Node:
+    """A node for scales that broadcast against the codes."""
+    scale = network.add(f"{weight.name}.scale", weight.scale)
+    if not weight.blocks:
+        return scale
+    cut, graph = weight.cutting, network.graph
+    if len(weight.blocks) > 1:
+        columns = torch.from_numpy(block_of_column(cut.widths, cut.shape[cut.axis])).to(torch.int32)
+        return graph.call_function(_aten.index_select.default, (scale, cut.axis, network.add(f"{weight.name}.block_of_column", columns)))
+    repeated = graph.call_function(_aten.repeat_interleave.self_int, (scale, weight.blocks[0], cut.axis))
+    return graph.call_function(_aten.slice.Tensor, (repeated, cut.axis, 0, cut.shape[cut.axis]))
 
 
 def _unpacked(network: Network, name: str, codes: Tensor, bits: int, dtype: torch.dtype) -> fx.Node:

@@ -1,8 +1,11 @@
 """Linear layers over torchao's tensors, which bring their own kernels: the codes and scales that were trained, not quantized again.
 
-    8 bits or fewer   Int8Tensor: int8 codes [O, I], one scale per output channel; the product is floating point
-    inputs=True       the same with int8 inputs: the product is of integers, y = (codes_x codes_w) s_x s_w
-    int4=True         Int4OpaqueTensor, weights of up to 4 bits packed for the CPU kernel: O a multiple of 16, I of 32
+    8 bits or fewer   Int8Tensor: int8 codes [O, I], one scale per output channel or group of columns; the product is floating point
+    inputs=True       the same with int8 inputs: the product is of integers, y = (codes_x codes_w) s_x s_w; one scale per channel
+    int4=True         Int4OpaqueTensor, weights of up to 4 bits packed for the CPU kernel: O a multiple of 16, I of 32; groups of 32, 64
+                      or 128 columns
+
+Groups are equally long: blocks of columns that became uneven are groups of a smaller size where all of them are multiples of one.
 
 A quantizer of activations stays in front of its layer. What it lets through are already multiples of its step size, so int8 inputs of the
 same step are the same numbers, whatever the quantizer's range or exponent.
@@ -25,7 +28,7 @@ from geta.errors import BadModelError, ConfigError
 from geta.export.between import arguments
 from geta.export.cleanup import copied
 from geta.export.linears import input_of, integer_linears
-from geta.export.onnx_quant import BYTE, HALF_A_BYTE
+from geta.export.onnx_quant import BYTE, HALF_A_BYTE, Weight, even_groups
 from geta.graph.names import canonical_name
 from geta.quant.fixed import FixedQuantizer
 from geta.quant.fixed_ops import effective_scale
@@ -63,11 +66,13 @@ class TorchaoProduct:
 class _Codes:
     """One layer's integers.
 
-    codes: int8 [O, I]; scale: [O, 1]; dtype: of its products; step, levels: of its input's quantizer, None where there is none.
+    codes: int8 [O, I]; scale: [O, 1] or [O, I / group]; group: columns that share a scale; dtype: of its products; step, levels: of its
+    input's quantizer, None where there is none.
     """
 
     codes: Tensor
     scale: Tensor
+    group: int
     dtype: torch.dtype
     step: Tensor | None
     levels: tuple[int, int]
@@ -132,12 +137,16 @@ def _from_graph(model: CompactModel, wishes: _Wishes) -> TorchaoProduct:
         if not linear.weight.codes.numel():
             floating[path] = "it is empty"
             continue
+        scales = _scales(linear.weight)
+        if isinstance(scales, str):
+            floating[path] = scales
+            continue
         inputs = [input_of(network, call) for call in linear.calls]
         step, levels = None, (0, 0)
         first = inputs[0]
         if first is not None and first.quantizer is not None and len({one and one.parameters for one in inputs}) == 1:
             step, levels = first.quantizer.scale, first.quantizer.levels
-        codes = _Codes(linear.weight.codes.to(torch.int8), linear.row_scale, linear.dtype, step, levels)
+        codes = _Codes(linear.weight.codes.to(torch.int8), *scales, linear.dtype, step, levels)
         tensor, converted[path], notes[path] = _tensor(codes, wishes)
         name = f"{path}.weight".strip(".")
         network.tensors[name] = nn.Parameter(tensor, requires_grad=False)
@@ -200,10 +209,21 @@ def _codes_of(module: nn.Module, leaf: str, stages: parametrize.ParametrizationL
         return "it is empty"
     if not -_HALF <= int(codes.min()) <= int(codes.max()) < _HALF:
         return f"its codes go from {int(codes.min())} to {int(codes.max())}, more than {BYTE} bits with a sign"
-    rows = scale.reshape(-1, 1).expand(len(codes), 1).contiguous()
+    scales = _scales(Weight(leaf, codes, scale, BYTE, quantizer.blocks))
+    if isinstance(scales, str):
+        return scales
     source = getattr(module, INPUT_QUANTIZER, None)
     step, levels = (_scale(source), _levels(source)) if source is not None and source.enabled else (None, (0, 0))
-    return _Codes(codes.to(torch.int8), rows, original.dtype, step, levels)
+    return _Codes(codes.to(torch.int8), *scales, original.dtype, step, levels)
+
+
+def _scales(weight: Weight) -> tuple[Tensor, int] | str:
+    """(scale [O, 1] or [O, I / group], group), or why torchao has no such scales."""
+    rows, columns = weight.codes.shape
+    if not weight.blocks:
+        return weight.scale.reshape(-1, 1).expand(rows, 1).contiguous(), columns
+    found = even_groups(weight)
+    return found if isinstance(found, str) else (found[0].contiguous(), found[1])
 
 
 def _scale(quantizer: Quantizer | FixedQuantizer) -> Tensor:
@@ -237,7 +257,7 @@ def _tensor(codes: _Codes, wishes: _Wishes) -> tuple[Tensor, str, str]:
 
 def _int8(codes: _Codes, *, with_inputs: bool) -> Tensor:
     int8_tensor, settings, per_tensor, mapping = _int8_parts()
-    columns = [1, codes.codes.shape[1]]
+    columns = [1, codes.group]
     if not with_inputs or codes.step is None:
         plain: Tensor = int8_tensor(codes.codes, codes.scale, columns, codes.dtype)
         return plain
@@ -263,15 +283,17 @@ def _not_int4(codes: _Codes) -> str:
         return f"no int4: the kernel is used on the CPU and in float32, and the layer is {codes.dtype} on {codes.codes.device.type}"
     if rows % _ROWS or columns % _GROUPS[-1]:
         return f"no int4: {rows} x {columns} is no multiple of {_ROWS} x {_GROUPS[-1]}"
+    if codes.group % _GROUPS[-1]:
+        return f"no int4: its groups have {codes.group} columns, no multiple of {_GROUPS[-1]}"
     return ""
 
 
 def _int4(codes: _Codes) -> Tensor:
-    """The kernel computes (q - 8) scale + zero, here with q = codes + 8 and zero = 0; each group of columns repeats its row's scale."""
+    """The kernel computes (q - 8) scale + zero, here with q = codes + 8 and zero = 0; its groups repeat scales of wider ones."""
     rows, columns = codes.codes.shape
-    group = next(size for size in _GROUPS if columns % size == 0)
+    group = next(size for size in _GROUPS if codes.group % size == 0)
     packed = _aten._convert_weight_to_int4pack_for_cpu(codes.codes.to(torch.int32) + (1 << (HALF_A_BYTE - 1)), 1)
-    scale = codes.scale.expand(rows, columns // group)
+    scale = codes.scale.repeat_interleave(codes.group // group, 1)
     both = torch.stack((scale, torch.zeros_like(scale)), -1).transpose(0, 1).contiguous()
     tensor: Tensor = _int4_class()(packed, both, [1, group], torch.Size((rows, columns)))
     return tensor
@@ -281,6 +303,8 @@ def _not_integer_inputs(codes: _Codes) -> str:
     """Why a layer's product can't be one of integers, or nothing."""
     if codes.step is None:
         return "no int8 inputs: its input isn't quantized"
+    if codes.group != codes.codes.shape[1]:
+        return "no int8 inputs: its weight has one scale per group of columns, and the kernel sums over all of them"
     lowest, highest = codes.levels
     if codes.step.numel() > 1 or codes.dtype != torch.float32 or lowest < -_HALF or highest >= (_HALF if lowest < 0 else 2 * _HALF):
         return f"no int8 inputs: its input has {codes.step.numel()} scales, integers from {lowest} to {highest} and {codes.dtype} values"

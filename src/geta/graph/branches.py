@@ -167,7 +167,7 @@ def _width(low: Any, high: Any) -> int | None:
 def _granularity(node: fx.Node, scale: Any, data: fx.Node, kind: str) -> Granularity:
     """What shares one scale, from the number of scales and the shape of what they scale."""
     name = name_of(node)
-    if name.endswith("_group"):
+    if name.endswith("_group") or (name.startswith("geta::") and argument(node, "blocks")):
         return "group"
     if "per_token" in name:
         return "token"

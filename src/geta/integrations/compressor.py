@@ -36,7 +36,7 @@ class Compressor:
     end_bits:        other bit widths for the first and last layers (`geta.end_layers`), often 8; None = as the rest.
     multiple_of:     every family keeps a multiple of this many groups; or the name of a `geta.device_profile`: of its many channels.
     uniform:         families that repeat across layers lose equal numbers of groups, see `geta.QASSO`.
-    surrogate, granularity, exclude: as in `geta.quantize`. exact, dynamic_shapes, protect, prune: as in `geta.analyze`.
+    surrogate, granularity, group_size, exclude: as in `geta.quantize`. exact, dynamic_shapes, protect, prune: as in `geta.analyze`.
 
     Raises whatever `geta.analyze` and `geta.quantize` raise; ConfigError when the settings leave nothing to do.
     Source: GETA (arXiv 2502.16638), sections 3 to 5.
@@ -57,7 +57,8 @@ class Compressor:
         multiple_of: int | str = 1,
         uniform: bool = False,
         surrogate: Surrogate | None = None,
-        granularity: Literal["tensor", "channel"] = "tensor",
+        granularity: Literal["tensor", "channel", "group"] = "tensor",
+        group_size: int | None = None,
         exclude: Sequence[str] | None = None,
         exact: bool = True,
         dynamic_shapes: Any = None,
@@ -72,11 +73,11 @@ class Compressor:
         quantized = weight_bits is not None or activation_bits is not None
         if not quantized and sparsity == 0.0:
             raise ConfigError("sparsity = 0 and no bit widths: nothing would become smaller; set sparsity, weight_bits or activation_bits")
-        chosen = {"surrogate": surrogate, "exclude": exclude, "calibration": calibration, "end_bits": end_bits}
+        chosen = {"surrogate": surrogate, "group_size": group_size, "exclude": exclude, "calibration": calibration, "end_bits": end_bits}
         if not quantized and (granularity != "tensor" or any(value is not None for value in chosen.values())):
             raise ConfigError(
-                "surrogate, granularity, exclude, calibration and end_bits have no effect without quantization: set weight_bits or "
-                "activation_bits"
+                "surrogate, granularity, group_size, exclude, calibration and end_bits have no effect without quantization: set "
+                "weight_bits or activation_bits"
             )
         self.model = model
         self.graph: DependencyGraph = analyze(model, args, kwargs, exact=exact, dynamic_shapes=dynamic_shapes, protect=protect, prune=prune)
@@ -94,6 +95,7 @@ class Compressor:
                 bits_of=None if end_bits is None else dict.fromkeys(end_layers(self.graph, **excluded), end_bits),
                 surrogate=surrogate or STE(),
                 granularity=granularity,
+                group_size=group_size,
                 calibration=calibration,
                 **excluded,
             )

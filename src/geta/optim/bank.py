@@ -16,9 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from geta.graph.names import find_tensor
-from geta.optim.shards import largest_magnitude
+from geta.optim.shards import largest_by, largest_magnitude
 from geta.optim.stacked import Stacked
 from geta.quant.bits import Bits, allowed_widths, nearest
+from geta.quant.blocks import Cutting, expanded
 from geta.quant.ops import Q_M_DOMAIN, T_DOMAIN, bit_width, step_size
 from geta.quant.quantizer import Quantizer
 
@@ -84,9 +85,13 @@ class QuantizerBank:
         return Steps(d.read(), q_m.read(), t.read() if self._fixed_t is None else self._fixed_t)
 
     def of(self, flat_E: Tensor, layer: int) -> Tensor:
-        """One quantizer's part of a flat vector, in the parameter's own shape (broadcasts against what it quantizes)."""
+        """One quantizer's part of a flat vector, in the parameter's own shape."""
         start = sum(self._numels[:layer])
         return flat_E[start : start + self._numels[layer]].view_as(self._d[layer])
+
+    def spread(self, flat_E: Tensor, layer: int, shape: Sequence[int]) -> Tensor:
+        """`of`, as a tensor that broadcasts against the weight, which has this shape."""
+        return expanded(self.of(flat_E, layer), shape, self.quantizers[layer].blocks)
 
     def ranges(self) -> Tensor:
         """q_m, copied [E]."""
@@ -121,8 +126,7 @@ class QuantizerBank:
         for layer, tensor in weights.items():
             quantizer = self.quantizers[layer]
             q_m, d = quantizer.q_m, quantizer.d
-            shared = [dim for dim in range(tensor.dim()) if q_m.dim() == 0 or q_m.shape[dim] == 1]
-            largest = largest_magnitude(quantizer.name, tensor, shared).reshape(q_m.shape).to(q_m.dtype)
+            largest = _largest_of(quantizer, tensor).to(q_m.dtype)
             smaller = torch.where(largest > 0, torch.minimum(q_m, largest), q_m).clamp_min(Q_M_DOMAIN[0])
             d.mul_((smaller / q_m).pow(quantizer.t))
             q_m.copy_(smaller)
@@ -176,14 +180,17 @@ class QuantizerBank:
         """The allowed width nearest to each quantizer's bit width [L]."""
         return nearest(self.bit_widths(now), self._allowed)
 
-    def split(self, layer: int, x: Tensor, take: Callable[[Tensor], Tensor], now: Steps, unit_E: Tensor) -> tuple[Tensor, Tensor]:
+    def split(
+        self, layer: int, rows: tuple[Tensor, Sequence[int], Callable[[Tensor], Tensor]], now: Steps, unit_E: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """`x_Q = c + ratio * v` when d is `ratio * unit`: c(x), and v = unit * (round(u) - u) with the current u = c(x) / d.
 
-        x: rows of the layer's weight, in the computing type. take: picks the same rows of a parameter that has them.
-        unit_E: reference step sizes, e.g. d(b_l).
+        rows: x, rows of the layer's weight in the computing type; the shape of the whole weight; what picks the same rows of a tensor
+        that broadcasts against it. unit_E: reference step sizes, e.g. d(b_l).
         """
+        x, shape, take = rows
         quantizer = self.quantizers[layer]
-        d, q_m, t, unit = (take(self.of(flat, layer)).to(x.dtype) for flat in (*now, unit_E))
+        d, q_m, t, unit = (take(self.spread(flat, layer, shape)).to(x.dtype) for flat in (*now, unit_E))
         shaped = torch.minimum(torch.maximum(x, -q_m if quantizer.signed else torch.zeros_like(q_m)), q_m)
         if not quantizer.linear:
             shaped = shaped.abs().pow(t).copysign(shaped)
@@ -193,3 +200,13 @@ class QuantizerBank:
     def _host_vector(self, values: list[int] | list[bool], dtype: torch.dtype | None = None) -> Tensor:
         kind = dtype or (self._d[0].dtype if self._d else torch.float32)
         return torch.tensor(values, dtype=kind, device=self.device)
+
+
+def _largest_of(quantizer: Quantizer, tensor: Tensor) -> Tensor:
+    """The largest magnitude among the entries that share each number of the quantizer's parameters, of the parameters' shape."""
+    like = quantizer.q_m.shape
+    if quantizer.blocks:
+        cut = Cutting.of(tensor.shape, like, quantizer.blocks)
+        return largest_by(quantizer.name, tensor, lambda magnitudes: cut.table(cut.rows(magnitudes).amax(1)))
+    shared = [dim for dim in range(tensor.dim()) if not like or like[dim] == 1]
+    return largest_magnitude(quantizer.name, tensor, shared).reshape(like)

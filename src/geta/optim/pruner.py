@@ -238,7 +238,8 @@ class Pruner:
                 if active.layer >= 0:
                     assert steps is not None
                     assert low_E is not None
-                    c, v = self.bank.split(active.layer, x, active.take_setting, steps, low_E)
+                    rows = (x, active.entry.stored.shape, active.take_setting)
+                    c, v = self.bank.split(active.layer, rows, steps, low_E)
                 shaped.append((c, v))
                 yield self._terms(step, c, v)
 

@@ -5,7 +5,7 @@ over the step, and to move it. PyTorch's operators take about twenty passes for 
 call for all of them. Sums are taken row by row, in doubles over the rows, so they depend on neither threads nor timing.
 
 Covered are rows along dimension 0 of dense CPU tensors that aren't sharded, with linear quantizers or none; the pruner does the
-rest by PyTorch's operators.
+rest by PyTorch's operators. A row with a scale for each block of columns is as many rows as blocks to the kernels.
 
 Legend: `R` rows, `N` pairs (parameter, family), `F` families, `L` quantizers, `E` scalars of one parameter over all of them.
 """
@@ -25,6 +25,8 @@ from geta.errors import GetaError
 from geta.optim.bank import QuantizerBank, Steps
 from geta.optim.groups import GroupedTensor
 from geta.quant import native
+from geta.quant.blocks import Cutting, widths_of
+from geta.quant.quantizer import Quantizer
 
 _KINDS = {torch.float32: "f32", torch.float64: "f64"}
 _ELEMENTS_PER_THREAD = 32_768
@@ -75,7 +77,9 @@ def forgettable(entry: GroupedTensor, layer: int, bank: QuantizerBank, dtype: to
         return True
     quantizer = bank.quantizers[layer]
     d, size = quantizer.d, entry.stored.shape[0]
-    per_row = d.numel() == size and d.dim() == entry.stored.dim() and d.shape[0] == size
+    per_row = (d.numel() == size or bool(quantizer.blocks)) and d.dim() == entry.stored.dim() and d.shape[0] == size
+    if quantizer.blocks and Cutting.of(entry.stored.shape, d.shape, quantizer.blocks).axis != 1:
+        return False
     return quantizer.linear and d.dtype == dtype and d.device.type == "cpu" and (d.numel() == 1 or per_row)
 
 
@@ -201,14 +205,25 @@ def _arrays(chosen: Sequence[Chosen], bank: QuantizerBank) -> dict[str, np.ndarr
     first_E = np.concatenate([[0], np.cumsum([quantizer.d.numel() for quantizer in bank.quantizers])])
     start = 0
     for owner, one in enumerate(chosen):
-        index = one.rows.cpu().numpy().astype(np.int64)
+        rows = one.rows.cpu().numpy().astype(np.int64)
         inner = one.entry.stored.numel() // one.entry.stored.shape[0]
         quantized = one.layer >= 0
+        widths = np.array(_widths(bank.quantizers[one.layer], inner) if quantized else [inner], np.int64)
+        blocks, starts = len(widths), np.cumsum(widths) - widths
+        places = np.arange(len(rows) * blocks)
         per_row = quantized and bank.quantizers[one.layer].d.numel() != 1
-        setting = (first_E[one.layer] + (index if per_row else 0)) if quantized else -1
-        columns = (owner, index * inner, inner, start + np.arange(len(index)) * inner, one.pairs.cpu().numpy(), one.families.cpu().numpy())
-        for name, values in zip(_ARRAYS, (*columns, setting, one.layer, quantized and signed[one.layer]), strict=True):
+        index, block = rows[places // blocks], places % blocks
+        setting = (first_E[one.layer] + (index * blocks + block if per_row else 0)) if quantized else -1
+        offsets, lines = index * inner + starts[block], start + places // blocks * inner + starts[block]
+        pairs, families = (flags.cpu().numpy()[places // blocks] for flags in (one.pairs, one.families))
+        columns = (owner, offsets, widths[block], lines, pairs, families, setting, one.layer, quantized and signed[one.layer])
+        for name, values in zip(_ARRAYS, columns, strict=True):
             kind = np.uint8 if name == "is_signed" else np.int64
             found[name].append(np.broadcast_to(np.asarray(values, kind), index.shape))
-        start += len(index) * inner
+        start += len(rows) * inner
     return {name: np.concatenate(parts) for name, parts in found.items()}
+
+
+def _widths(quantizer: Quantizer, columns: int) -> list[int]:
+    """How many elements of a row share a step size, block by block."""
+    return widths_of(quantizer.blocks, columns) if quantizer.blocks else [columns]

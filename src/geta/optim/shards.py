@@ -7,7 +7,7 @@ on the chunk that is here, in place, and add up sums over the ranks that hold th
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,9 +68,21 @@ def largest_magnitude(name: str, tensor: Tensor, dims: list[int]) -> Tensor:
         return here.amax(dim=dims, keepdim=True)
     others = [dim for dim in dims if dim != part.dim]
     rows = here.amax(dim=others, keepdim=True) if others else here  # first, so that nothing as large as the whole tensor is made
-    padded = rows.new_zeros(*rows.shape[: part.dim], part.whole, *rows.shape[part.dim + 1 :])
-    padded.narrow(part.dim, part.start, part.size).copy_(rows)
+    padded = _padded(rows, part)
     return ranks.largest(padded.amax(dim=part.dim, keepdim=True) if part.dim in dims else padded, part.group)
+
+
+def largest_by(name: str, tensor: Tensor, largest: Callable[[Tensor], Tensor]) -> Tensor:
+    """`largest(|x|)`, some maxima over x; the same on every rank (a collective operation for sharded tensors)."""
+    part, here = part_of(name, tensor), local(tensor).detach().abs()
+    return largest(here) if part is None else ranks.largest(largest(_padded(here, part)).contiguous(), part.group)
+
+
+def _padded(here: Tensor, part: Part) -> Tensor:
+    """As long as the whole along the sharded dimension, zeros where other ranks have entries."""
+    padded = here.new_zeros(*here.shape[: part.dim], part.whole, *here.shape[part.dim + 1 :])
+    padded.narrow(part.dim, part.start, part.size).copy_(here)
+    return padded
 
 
 def part_of(name: str, tensor: Tensor) -> Part | None:

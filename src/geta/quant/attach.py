@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from torch import nn
@@ -15,6 +15,7 @@ from torch.nn.utils import parametrize
 
 from geta.errors import BadModelError, ConfigError
 from geta.quant.bits import LARGEST, Bits, BitsLike
+from geta.quant.blocks import Blocks, Cutting, blocks_of, check_group_size, widths_of
 from geta.quant.calibration import Range, calibrate, map_inputs
 from geta.quant.fixed import FixedBits, FixedQuantizer, fixed_quantizers
 from geta.quant.quantizer import Kind, Quantizer
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 
 DEFAULT_EXCLUDE = ("*.head",)
 
-Granularity = Literal["tensor", "channel"]
+Granularity = Literal["tensor", "channel", "group"]
 AnyBits = Bits | FixedBits
 AnyQuantizer = Quantizer | FixedQuantizer
 _INITIAL_BITS, _PERCENTILE = 16, 99.9
@@ -42,12 +43,12 @@ class _Settings:
     initial_bits: int
     special: Mapping[str, AnyBits]
 
-    def quantizer(self, path: str, name: str, kind: Kind, found: Range, bits: AnyBits) -> AnyQuantizer:
-        """The quantizer of a tensor of the module at `path`, with this range; per channel if the range's tensors are."""
+    def quantizer(self, path: str, name: str, kind: Kind, found: Range, bits: AnyBits, blocks: Blocks = ()) -> AnyQuantizer:  # noqa: PLR0917
+        """The quantizer of a tensor of the module at `path`, with this range; per channel or block if the range's tensors are."""
         bits = [bits, *(special for pattern, special in self.special.items() if fnmatchcase(path, pattern))][-1]
         if isinstance(bits, FixedBits):
             scale = bits.initial_scale(found.mean, signed=found.signed)
-            return FixedQuantizer(name, kind, bits, scale, signed=found.signed, surrogate=self.surrogate)
+            return FixedQuantizer(name, kind, bits, scale, signed=found.signed, surrogate=self.surrogate, blocks=blocks)
         return Quantizer(
             name,
             kind,
@@ -57,7 +58,24 @@ class _Settings:
             linear=self.linear,
             surrogate=self.surrogate,
             initial_bits=self.initial_bits,
+            blocks=blocks,
         )
+
+
+@dataclass(frozen=True)
+class _Grain:
+    """What shares one quantizer's numbers. size: columns of a block, 0 for other granularities than "group"."""
+
+    granularity: Granularity
+    size: int
+
+    def of(self, weight: Weight) -> tuple[Granularity, Blocks]:
+        """A matrix is cut into blocks of its rows; every other weight has one scale per channel."""
+        if self.granularity != "group":
+            return self.granularity, ()
+        if weight.tensor.dim() != 2 or not weight.tensor.numel():
+            return "channel", ()
+        return "group", blocks_of(weight.tensor.shape[weight.column_dim], self.size)
 
 
 def quantize(  # noqa: PLR0913 - the fixed public interface, keywords only
@@ -67,6 +85,7 @@ def quantize(  # noqa: PLR0913 - the fixed public interface, keywords only
     activations: BitsLike | FixedBits | None = Bits(8, 8),  # noqa: B008 - frozen
     surrogate: Surrogate = STE(),  # noqa: B008 - frozen
     granularity: Granularity = "tensor",
+    group_size: int | None = None,
     bits_of: Mapping[str, BitsLike | FixedBits] | None = None,
     exclude: Sequence[str] = DEFAULT_EXCLUDE,
     calibration: Iterable[Any] | None = None,
@@ -83,7 +102,11 @@ def quantize(  # noqa: PLR0913 - the fixed public interface, keywords only
     bits_of:      other bit widths for weights and inputs of some layers, by `fnmatch` pattern over whole module paths; the last pattern
                   that matches counts. For first and last layers: `dict.fromkeys(geta.end_layers(graph), 8)`.
     surrogate:    gradient of the rounding: `STE()`, `Fourier((0.21,))`, `DSQ(0.2)` or `DGE(5, 3)`.
-    granularity:  one quantizer per weight "tensor" or one per output "channel" of it; activations always have one.
+    granularity:  what of a weight shares one scale (d, q_m and t): the whole "tensor"; each output "channel"; or, with "group", each block
+                  of `group_size` consecutive columns of each row of a matrix [O, I], so that scales are [O, ceil(I / group_size)]. A
+                  row of an embedding is one token's vector. Weights that are no matrices (convolutions) have one scale per channel
+                  then, and a warning says so. The bit width is one per tensor in any case, and activations always have one scale.
+    group_size:   columns of a block, at least 8; usual are 32, 64 and 128. The last block may be shorter.
     exclude:      `fnmatch` patterns over whole module paths; a matched module, all inside it and all weights that it shares with
                   other modules stay as they are.
     calibration:  iterable of real batches for the activations' ranges; a tensor is passed as model(x), a tuple or list as
@@ -105,13 +128,14 @@ def quantize(  # noqa: PLR0913 - the fixed public interface, keywords only
 
     Raises ConfigError for impossible or useless settings and unusable calibration batches; BadModelError for a weight that is
     not finite or something that isn't a module. Source: GETA (arXiv 2502.16638) section 3.
-    Deviation: activations are calibrated on data and get unsigned codes where that fits; per-channel ranges are an addition.
+    Deviation: activations are calibrated on data and get unsigned codes where that fits; ranges per channel and block are an addition.
     """
     if not isinstance(model, nn.Module):
         raise BadModelError(f"quantize needs a torch.nn.Module, got {type(model).__name__}")
     weight_bits, activation_bits = _any_bits(weights), _any_bits(activations)
     special = {pattern: Bits.of(bits) if not isinstance(bits, FixedBits) else bits for pattern, bits in (bits_of or {}).items()}
     settings = _Settings(surrogate, linear=not nonlinear, initial_bits=initial_bits, special=special)
+    grain = _checked_grain(granularity, group_size)
     _check_settings(settings, weight_bits, activation_bits, granularity)
     _check_calibration(calibration, calibration_batches, percentile, activation_bits)
     _warn_of_no_effect(settings, weight_bits, activation_bits, percentile)
@@ -119,7 +143,7 @@ def quantize(  # noqa: PLR0913 - the fixed public interface, keywords only
     patterns = (exclude,) if isinstance(exclude, str) else tuple(exclude)
     layers = find_layers(model, patterns, strict=exclude is not DEFAULT_EXCLUDE)
     _check_patterns(special, layers)
-    weight_plan = [] if weight_bits is None else _plan_weights(model, layers, weight_bits, granularity, settings)
+    weight_plan = [] if weight_bits is None else _plan_weights(model, layers, weight_bits, grain, settings)
     input_plan: list[tuple[Layer, AnyQuantizer]] = []
     result_plan: list[tuple[Layer, AnyQuantizer]] = []
     if activation_bits is not None and calibration is not None:
@@ -134,6 +158,7 @@ def quantize(  # noqa: PLR0913 - the fixed public interface, keywords only
             f"outside exclude={patterns!r}; check exclude"
         )
     _attach(weight_plan, input_plan, result_plan)
+    _tell_of_channels(grain, [weight for weight, _ in weight_plan])
     return model
 
 
@@ -168,10 +193,8 @@ def _check_settings(settings: _Settings, weights: AnyBits | None, activations: A
         raise ConfigError(f"surrogate: {settings.surrogate!r} has no {missing}; use STE() or Fourier((0.21,)), DSQ() or DGE()")
     if settings.surrogate.kind not in KINDS:
         raise ConfigError(f"surrogate: {settings.surrogate!r} has the kind '{settings.surrogate.kind}'; known are {', '.join(KINDS)}")
-    if granularity not in ("tensor", "channel"):
-        raise ConfigError(f"granularity: {granularity!r} is unknown; use 'tensor' or 'channel'")
-    if granularity == "channel" and weights is None:
-        warnings.warn("granularity='channel' has no effect: it is about weights, and weights=None", stacklevel=3)
+    if granularity != "tensor" and weights is None:
+        warnings.warn(f"granularity='{granularity}' has no effect: it is about weights, and weights=None", stacklevel=3)
     named = {f"bits_of['{pattern}']": bits for pattern, bits in settings.special.items()}
     for key, bits in {"weights": weights, "activations": activations, **named}.items():
         if isinstance(bits, Bits) and not bits.lower <= settings.initial_bits <= LARGEST:
@@ -179,6 +202,31 @@ def _check_settings(settings: _Settings, weights: AnyBits | None, activations: A
                 f"initial_bits: {settings.initial_bits} is outside [{bits.lower}, {LARGEST}], from the lower bound of {key} to the "
                 "widest supported; 16 is a good start"
             )
+
+
+def _checked_grain(granularity: Granularity, group_size: int | None) -> _Grain:
+    if granularity not in get_args(Granularity):
+        raise ConfigError(f"granularity: {granularity!r} is unknown; use 'tensor', 'channel' or 'group'")
+    if granularity != "group":
+        if group_size is not None:
+            raise ConfigError(
+                f"group_size: {group_size!r} needs granularity='group', and granularity is '{granularity}': give both or none"
+            )
+        return _Grain(granularity, 0)
+    if group_size is None:
+        raise ConfigError("granularity: 'group' needs group_size, how many columns of a weight share one scale: use 32, 64 or 128")
+    return _Grain(granularity, check_group_size(group_size))
+
+
+def _tell_of_channels(grain: _Grain, weights: Sequence[Weight]) -> None:
+    others = [weight for weight in weights if grain.of(weight)[0] != grain.granularity]
+    if others:
+        first = others[0]
+        warnings.warn(
+            f"granularity='group' cuts the rows of matrices into blocks; {len(others)} weights are no matrices and have one scale per "
+            f"output channel instead (first: '{first.name}', {list(first.tensor.shape)})",
+            stacklevel=3,
+        )
 
 
 def _check_patterns(special: Mapping[str, AnyBits], layers: Sequence[Layer]) -> None:
@@ -223,12 +271,14 @@ def _refuse_quantized(model: nn.Module) -> None:
 
 
 def _plan_weights(
-    model: nn.Module, layers: Sequence[Layer], bits: AnyBits, granularity: Granularity, settings: _Settings
+    model: nn.Module, layers: Sequence[Layer], bits: AnyBits, grain: _Grain, settings: _Settings
 ) -> list[tuple[Weight, AnyQuantizer]]:
-    return [
-        (weight, settings.quantizer(weight.name.rpartition(".")[0], weight.name, "weight", _weight_range(weight, granularity), bits))
-        for weight in find_weights(model, layers)
-    ]
+    plan = []
+    for weight in find_weights(model, layers):
+        granularity, blocks = grain.of(weight)
+        found = _weight_range(weight, granularity, blocks)
+        plan.append((weight, settings.quantizer(weight.name.rpartition(".")[0], weight.name, "weight", found, bits, blocks)))
+    return plan
 
 
 def _plan(
@@ -239,8 +289,8 @@ def _plan(
     return [(layer, settings.quantizer(layer.path, name, "activation", ranges[name], bits)) for layer, name in names if name in ranges]
 
 
-def _weight_range(weight: Weight, granularity: Granularity) -> Range:
-    """max and mean |w|, `[]` or broadcasting per output channel; never zero, or the weights could not leave zero."""
+def _weight_range(weight: Weight, granularity: Granularity, blocks: Blocks) -> Range:
+    """max and mean |w|, `[]`, broadcasting per output channel or row, or per block; never zero, or the weights could not leave zero."""
     tensor = weight.tensor.detach()
     if not is_finite(tensor):
         raise BadModelError(f"weight '{weight.name}' has infinite or NaN values; quantize a model with finite weights")
@@ -249,11 +299,23 @@ def _weight_range(weight: Weight, granularity: Granularity) -> Range:
     if not tensor.numel():
         start = magnitudes.new_full((), fan_in**-0.5)
         return Range(start, signed=True, mean=start)
-    others = [dim for dim in range(tensor.dim()) if granularity == "tensor" or dim != weight.output_dim]
-    keep = granularity == "channel"
-    largest, mean = magnitudes.amax(dim=others, keepdim=keep), magnitudes.mean(dim=others, keepdim=keep)
+    if blocks:
+        largest, mean = _per_block(magnitudes, weight.column_dim, blocks)
+    else:
+        own = {"tensor": (), "channel": (weight.output_dim,), "group": (1 - weight.column_dim,)}[granularity]
+        others, keep = [dim for dim in range(tensor.dim()) if dim not in own], granularity != "tensor"
+        largest, mean = magnitudes.amax(dim=others, keepdim=keep), magnitudes.mean(dim=others, keepdim=keep)
     whole_largest, whole_mean = (torch.where(whole > 0, whole, fan_in**-0.5) for whole in (magnitudes.amax(), magnitudes.mean()))
     return Range(torch.where(largest > 0, largest, whole_largest), signed=True, mean=torch.where(mean > 0, mean, whole_mean))
+
+
+def _per_block(magnitudes: torch.Tensor, axis: int, blocks: Blocks) -> tuple[torch.Tensor, torch.Tensor]:
+    """Largest and mean of each block of each row."""
+    first, second = magnitudes.shape
+    cut = Cutting((first, second), axis, tuple(widths_of(blocks, magnitudes.shape[axis])))
+    rows = cut.rows(magnitudes)
+    mean = rows.sum(1, keepdim=True) / cut.counts(rows)
+    return cut.table(rows.amax(1)).contiguous(), cut.table(mean).contiguous()
 
 
 def _attach(

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from geta.errors import BadModelError, CheckpointError, ConfigError
 from geta.quant import fixed_ops, ops
-from geta.quant.quantizer import Kind, keep_precision, surrogate_arguments
+from geta.quant.blocks import Blocks
+from geta.quant.quantizer import Kind, block_arguments, blocks_in_words, check_blocks, keep_precision, surrogate_arguments
 from geta.quant.surrogate import STE, Surrogate
 
 TERNARY = 1.58
@@ -67,8 +68,9 @@ class FixedQuantizer(nn.Module):
     name:    canonical name of what is quantized: `conv1.weight`, or `conv1:input` for the input of module `conv1`.
     kind:    "weight" or "activation".
     bits:    how many integers there are.
-    scale:   initial scale, shape `[]` (per tensor) or broadcasting against the tensor (per channel), above zero; the parameter gets
-             its shape, device and dtype (at least float32).
+    scale:   initial scale, shape `[]` (per tensor), broadcasting against the tensor (per channel) or with one number per row and
+             block of columns, above zero; the parameter gets its shape, device and dtype (at least float32).
+    blocks:  how long the blocks of columns are (`geta.quant.blocks`); () where there are none.
     signed:  whether there are negative integers.
     enabled: set it to False to let tensors pass unchanged.
     strength: how much of the surrogate is used, `[]`, or None for all of it; set by `geta.quant.anneal`.
@@ -80,10 +82,19 @@ class FixedQuantizer(nn.Module):
     strength: Tensor | None
 
     def __init__(
-        self, name: str, kind: Kind, bits: FixedBits, scale: Tensor, *, signed: bool = True, surrogate: Surrogate | None = None
+        self,
+        name: str,
+        kind: Kind,
+        bits: FixedBits,
+        scale: Tensor,
+        *,
+        signed: bool = True,
+        surrogate: Surrogate | None = None,
+        blocks: Blocks = (),
     ) -> None:
         super().__init__()
         self.name = name
+        self.blocks = blocks
         self.kind: Kind = kind
         self.bits = bits
         self.signed = signed
@@ -102,7 +113,7 @@ class FixedQuantizer(nn.Module):
         if not self.enabled:
             return x
         surrogate = surrogate_arguments(self.surrogate, self.strength)
-        quantized: Tensor = torch.ops.geta.lsq_quantize(x, self.scale, *self.levels, *surrogate)
+        quantized: Tensor = torch.ops.geta.lsq_quantize(x, self.scale, *self.levels, *surrogate, **block_arguments(self.blocks))
         return quantized
 
     def right_inverse(self, value: Tensor) -> Tensor:
@@ -111,15 +122,17 @@ class FixedQuantizer(nn.Module):
 
     def codes(self, x: Tensor) -> Tensor:
         """The int32 codes of x: `codes(x) * scale` equals `forward(x)`."""
-        return fixed_ops.lsq_codes(x, self.scale, *self.levels)
+        return fixed_ops.lsq_codes(x, self.scale, *self.levels, blocks=self.blocks)
 
     def get_extra_state(self) -> Tensor:
-        """A tensor [signed, width, smallest, largest] rather than a dict, so that every state-dict file format can hold it."""
-        return torch.tensor([self.signed, *self.levels], dtype=torch.int64)
+        """A tensor [signed, width, smallest, largest, *blocks] rather than a dict, so that every state-dict file format can hold it."""
+        return torch.tensor([self.signed, *self.levels, *self.blocks], dtype=torch.int64)
 
     def set_extra_state(self, state: Tensor) -> None:
-        """Take over `signed`; raises CheckpointError when the saved quantizer had another number of levels."""
+        """Take over `signed`; raises CheckpointError when the saved quantizer had another number of levels or other blocks."""
         signed, *levels = state.tolist()
+        check_blocks(self.name, tuple(levels[3:]), self.blocks)
+        levels = levels[:3]
         mine = [self.bits.width, *self.bits.bounds(signed=bool(signed))]
         if levels != mine:
             raise CheckpointError(
@@ -130,7 +143,7 @@ class FixedQuantizer(nn.Module):
 
     def extra_repr(self) -> str:
         _, smallest, largest = self.levels
-        return f"{self.name}, {self.kind}, {self.bits.bits} bits, {smallest} to {largest}"
+        return f"{self.name}, {self.kind}, {self.bits.bits} bits, {smallest} to {largest}{blocks_in_words(self.blocks)}"
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         return super()._apply(lambda tensor: keep_precision(tensor, fn(tensor)), recurse)  # type: ignore[no-untyped-call]

@@ -11,10 +11,12 @@ With step size `d`, range `q_m` and exponent `t`, all of them tensors that broad
 Every function first clamps the parameters into the domain below, in which all values and gradients are finite; there
 are no other guards. Half types are computed in float32. Nothing here synchronises with the host.
 
-Legend: `O` output channels; a parameter is `[]` (per tensor) or e.g. `[O, 1, 1, 1]` (per channel).
+With `blocks` a parameter has one number per row and block of columns of a matrix (`geta.quant.blocks`).
+
+Legend: `O` output channels, `I` columns, `B` blocks; a parameter is `[]` (per tensor), e.g. `[O, 1, 1, 1]` (per channel) or `[O, B]`.
 """
 
-# ruff: noqa: ARG001, PLR0917 - the operators' schemas fix these signatures; not every kernel looks at every argument
+# ruff: noqa: ARG001, PLR0913, PLR0917 - the operators' schemas fix these signatures; not every kernel looks at every argument
 
 from __future__ import annotations
 
@@ -26,6 +28,7 @@ import torch
 from torch import Tensor
 
 from geta.quant import native
+from geta.quant.blocks import Blocks, Cutting
 from geta.quant.surrogate import KINDS
 
 Q_M_DOMAIN = (2.0**-24, 2.0**20)
@@ -108,8 +111,24 @@ def aten_values(x: Tensor, parameters: Parameters, signed: bool, linear: bool) -
     return _multiply_into(torch.empty_like(x), _rounded(x, parameters, signed=signed, linear=linear), parameters.d)
 
 
-def dequantize_values(codes: Tensor, scale: Tensor, bits: int) -> Tensor:
+def blockwise_values(x: Tensor, d: Tensor, q_m: Tensor, t: Tensor, settings: tuple[bool, bool], blocks: Sequence[int]) -> Tensor:
+    """`fake_quantize_values` of a matrix with one d, q_m and t per block. settings: (signed, linear)."""
+    cut = Cutting.of(x.shape, d.shape, blocks)
+    rows = fake_quantize_values(cut.rows(x), cut.line(d), cut.line(q_m), cut.line(t), *settings, ())
+    return laid_out_like(cut.back(rows), x)
+
+
+def laid_out_like(values: Tensor, x: Tensor) -> Tensor:
+    """`values` with the strides of `torch.empty_like(x)`, which is what operators promise when they are traced."""
+    wanted = torch.empty_like(x, dtype=values.dtype)
+    return values if values.stride() == wanted.stride() else wanted.copy_(values)
+
+
+def dequantize_values(codes: Tensor, scale: Tensor, bits: int, blocks: Sequence[int] = ()) -> Tensor:
     """The kernel of `dequantize` as a plain function, for callers that need no gradient and no tracing."""
+    if blocks:
+        cut = Cutting.of(codes.shape, scale.shape, blocks)
+        return laid_out_like(cut.back(dequantize_values(cut.rows(codes), cut.line(scale), bits)), codes)
     dtype = _computing_dtype(scale)
     return _multiply_into(torch.empty_like(codes, dtype=scale.dtype), codes.to(dtype), scale.to(dtype))
 
@@ -118,7 +137,7 @@ def dequantize_values(codes: Tensor, scale: Tensor, bits: int) -> Tensor:
     f"{_NAMESPACE}::fake_quantize",
     mutates_args=(),
     schema="(Tensor x, Tensor d, Tensor q_m, Tensor t, bool signed, bool linear, float[] surrogate, "
-    'str kind="fourier", Tensor? strength=None) -> Tensor',
+    'str kind="fourier", Tensor? strength=None, *, int[] blocks=[]) -> Tensor',
 )
 def fake_quantize(
     x: Tensor,
@@ -130,6 +149,8 @@ def fake_quantize(
     surrogate: Sequence[float],
     kind: str = "fourier",
     strength: Tensor | None = None,
+    *,
+    blocks: Sequence[int] = (),
 ) -> Tensor:
     """Round `x` to the values that its quantizer can represent: x_Q = d * round(c(x) / d).
 
@@ -140,6 +161,7 @@ def fake_quantize(
     straight-through estimator; "dsq": (alpha,) of `geta.DSQ`; "dge": (k, clip) of `geta.DGE`.
     strength: how much of the surrogate is used, one number in [0, 1]: it multiplies the a_k of "fourier"; the others give
     1 + strength * (S - 1). None is 1. As a tensor it may change from step to step without a new trace.
+    blocks: x is a matrix, and d, q_m and t have one number for each block of columns of each row (`geta.quant.blocks`).
 
     Gradients, with incoming `g`, summed over the elements that share a parameter:
 
@@ -152,6 +174,9 @@ def fake_quantize(
     Source: GETA (arXiv 2502.16638) section 3; surrogate: StableQAT (arXiv 2601.19320).
     """
     _check_kind(kind)
+    if blocks:
+        _check_floating(x)
+        return blockwise_values(x, d, q_m, t, (signed, linear), blocks)
     return fake_quantize_values(x, d, q_m, t, signed, linear, surrogate)
 
 
@@ -166,9 +191,13 @@ def _(
     surrogate: Sequence[float],
     kind: str = "fourier",
     strength: Tensor | None = None,
+    *,
+    blocks: Sequence[int] = (),
 ) -> Tensor:
     _check_kind(kind)
     _check_floating(x)
+    if blocks:
+        Cutting.of(x.shape, d.shape, blocks)
     return torch.empty_like(x)
 
 
@@ -176,7 +205,7 @@ def _(
     f"{_NAMESPACE}::fake_quantize_backward",
     mutates_args=(),
     schema="(Tensor grad, Tensor x, Tensor d, Tensor q_m, Tensor t, bool signed, bool linear, float[] surrogate, "
-    'str kind="fourier", Tensor? strength=None) -> (Tensor, Tensor, Tensor, Tensor)',
+    'str kind="fourier", Tensor? strength=None, *, int[] blocks=[]) -> (Tensor, Tensor, Tensor, Tensor)',
 )
 def fake_quantize_backward(
     grad: Tensor,
@@ -189,9 +218,17 @@ def fake_quantize_backward(
     surrogate: Sequence[float],
     kind: str = "fourier",
     strength: Tensor | None = None,
+    *,
+    blocks: Sequence[int] = (),
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of `fake_quantize` to x, d, q_m and t (formulas there); dt is zero for the linear quantizer."""
-    return fake_quantize_gradients(grad, x, d, q_m, t, signed, linear, surrogate, kind, strength)
+    if not blocks:
+        return fake_quantize_gradients(grad, x, d, q_m, t, signed, linear, surrogate, kind, strength)
+    cut = Cutting.of(x.shape, d.shape, blocks)
+    lines = (cut.line(d), cut.line(q_m), cut.line(t))
+    dx, *found = fake_quantize_gradients(cut.rows(grad), cut.rows(x), *lines, signed, linear, surrogate, kind, strength)
+    dd, dq_m, dt = (laid_out_like(cut.table(line), like) for line, like in zip(found, (d, q_m, t), strict=True))
+    return laid_out_like(cut.back(dx), x), dd, dq_m, dt
 
 
 def fake_quantize_gradients(
@@ -261,6 +298,8 @@ def _(
     surrogate: Sequence[float],
     kind: str = "fourier",
     strength: Tensor | None = None,
+    *,
+    blocks: Sequence[int] = (),
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return torch.empty_like(x), torch.empty_like(d), torch.empty_like(q_m), torch.empty_like(t)
 
@@ -301,57 +340,70 @@ def _dge_slope(residual: Tensor, k: float, clip: float) -> Tensor:
     return residual.abs().mul_(-2.0).add_(1.0).clamp_(min=0.0).pow_(1.0 / k - 1.0).div_(k).clamp_(max=clip)
 
 
-def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any], output: Tensor) -> None:
     x, d, q_m, t, signed, linear, surrogate, kind, strength = inputs
     ctx.save_for_backward(x, d, q_m, t, strength)
     ctx.settings = (signed, linear, surrogate, kind)
+    ctx.blocks = keyword_only_inputs["blocks"]
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     *tensors, strength = ctx.saved_tensors
-    gradients = torch.ops.geta.fake_quantize_backward(grad, *tensors, *ctx.settings, strength)
+    gradients = torch.ops.geta.fake_quantize_backward(grad, *tensors, *ctx.settings, strength, blocks=ctx.blocks)
     return (*gradients, None, None, None, None, None)
 
 
 fake_quantize.register_autograd(_backward, setup_context=_save_for_backward)
 
 
-@torch.library.custom_op(f"{_NAMESPACE}::dequantize", mutates_args=(), schema="(Tensor codes, Tensor scale, int bits) -> Tensor")
-def dequantize(codes: Tensor, scale: Tensor, bits: int) -> Tensor:
+@torch.library.custom_op(
+    f"{_NAMESPACE}::dequantize", mutates_args=(), schema="(Tensor codes, Tensor scale, int bits, *, int[] blocks=[]) -> Tensor"
+)
+def dequantize(codes: Tensor, scale: Tensor, bits: int, *, blocks: Sequence[int] = ()) -> Tensor:
     """codes * scale in scale's dtype: the values that `bits`-wide integer codes stand for.
 
-    codes: integers, any shape; scale: `[]` or broadcasting against codes. `bits` doesn't change the values; it travels with
-    the operator so that costs and file formats know the width. `dequantize(quantize_codes(x, ...), d, b)` equals
+    codes: integers, any shape; scale: `[]` or broadcasting against codes, or with one number per block. `bits` doesn't change the
+    values; it travels with the operator so that costs and file formats know the width. `dequantize(quantize_codes(x, ...), d, b)` equals
     `fake_quantize(x, ...)` bit by bit when d has x's dtype. Only `scale` gets a gradient: sum g * codes.
     """
-    return dequantize_values(codes, scale, bits)
+    return dequantize_values(codes, scale, bits, blocks)
 
 
 @dequantize.register_fake
-def _(codes: Tensor, scale: Tensor, bits: int) -> Tensor:
+def _(codes: Tensor, scale: Tensor, bits: int, *, blocks: Sequence[int] = ()) -> Tensor:
+    if blocks:
+        Cutting.of(codes.shape, scale.shape, blocks)
     return torch.empty_like(codes, dtype=scale.dtype)
 
 
-def _save_for_dequantize_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+def _save_for_dequantize_backward(ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any], output: Tensor) -> None:
     codes, scale, _bits = inputs
     ctx.save_for_backward(codes, scale)
+    ctx.blocks = keyword_only_inputs["blocks"]
 
 
 def _dequantize_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     codes, scale = ctx.saved_tensors
-    wide = torch.promote_types(grad.dtype, torch.float32)
-    return None, (grad.to(wide) * codes).sum_to_size(scale.shape).to(scale.dtype), None
+    product = grad.to(torch.promote_types(grad.dtype, torch.float32)) * codes
+    if ctx.blocks:
+        cut = Cutting.of(codes.shape, scale.shape, ctx.blocks)
+        return None, cut.table(cut.rows(product).sum(1)).to(scale.dtype), None
+    return None, product.sum_to_size(scale.shape).to(scale.dtype), None
 
 
 dequantize.register_autograd(_dequantize_backward, setup_context=_save_for_dequantize_backward)
 
 
-def quantize_codes(x: Tensor, d: Tensor, q_m: Tensor, t: Tensor, signed: bool, *, linear: bool = False) -> Tensor:
+def quantize_codes(x: Tensor, d: Tensor, q_m: Tensor, t: Tensor, signed: bool, *, linear: bool = False, blocks: Blocks = ()) -> Tensor:
     """The integers x_Q / d = round(c(x) / d), int32, of x's shape.
 
     With d = step_size(b, ...) they lie in [-(2^(b-1) - 1), 2^(b-1) - 1], unsigned in [0, 2^b - 1]. Pass the same `linear` as
     to `fake_quantize` to get exactly its codes.
     """
+    if blocks:
+        cut = Cutting.of(x.shape, d.shape, blocks)
+        rows = quantize_codes(cut.rows(x), cut.line(d), cut.line(q_m), cut.line(t), signed, linear=linear)
+        return laid_out_like(cut.back(rows), x)
     parameters = _into_domain(d, q_m, t, linear=linear, dtype=_computing_dtype(x, d, q_m, t))
     return _rounded(x, parameters, signed=signed, linear=linear).to(torch.int32)
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from geta.errors import CheckpointError
 from geta.quant import native_plan, native_reuse, ops
 from geta.quant.bits import Bits, allowed_widths, nearest
+from geta.quant.blocks import Blocks, Cutting
 from geta.quant.native import is_eager
 from geta.quant.surrogate import STE, Surrogate
 
@@ -23,8 +24,9 @@ class Quantizer(nn.Module):
     name:    canonical name of what is quantized: `conv1.weight`, or `conv1:input` for the input of module `conv1`.
     kind:    "weight" or "activation".
     bits:    the bit widths that the tensor may end up with.
-    q_m:     initial range, shape `[]` (per tensor) or broadcasting against the tensor (per channel), above zero; d and t get
-             its shape, device and dtype (at least float32).
+    q_m:     initial range, shape `[]` (per tensor), broadcasting against the tensor (per channel) or with one number per row and
+             block of columns, above zero; d and t get its shape, device and dtype (at least float32).
+    blocks:  how long the blocks of columns are (`geta.quant.blocks`); () where there are none.
     signed:  whether the codes are symmetric around zero; otherwise they start at zero.
     linear:  t stays 1 and isn't trained.
     initial_bits: bit width that the first d is computed from.
@@ -52,11 +54,13 @@ class Quantizer(nn.Module):
         linear: bool = True,
         surrogate: Surrogate | None = None,
         initial_bits: int = 16,
+        blocks: Blocks = (),
     ) -> None:
         super().__init__()
         self.name = name
         self.kind: Kind = kind
         self.bits = bits
+        self.blocks = blocks
         self.signed = signed
         self.linear = linear
         self.surrogate: Surrogate = STE() if surrogate is None else surrogate
@@ -76,16 +80,35 @@ class Quantizer(nn.Module):
         if not self.enabled:
             return x
         d, q_m = self._parameters.get("d"), self._parameters.get("q_m")
+        if self.blocks:
+            return self._by_block(x)
         if self.linear and d is not None and q_m is not None and self.strength is None and is_eager(x, d, q_m):
             plan = self._planner.plan(x, d, q_m, self.surrogate, signed=self.signed, keeps=self._keep_values)
             if plan is not None:
                 return native_plan.quantize(plan, x, d, q_m)
         tensors = (x, self.d, self.q_m, self.t)
-        if native_reuse.is_plain(*tensors):
-            settings = native_reuse.Settings(self.signed, self.linear, self.surrogate.coefficients, self.surrogate.kind)
-            return native_reuse.fake_quantize(tensors, settings, self.strength, self._kept if self.keep_values else None)
-        surrogate = surrogate_arguments(self.surrogate, self.strength)
-        quantized: Tensor = torch.ops.geta.fake_quantize(*tensors, self.signed, self.linear, *surrogate)
+        return self._plainly(*tensors) if native_reuse.is_plain(*tensors) else self._operator(*tensors)
+
+    def _by_block(self, x: Tensor) -> Tensor:
+        """The same for a matrix whose rows are cut into blocks: a matrix with one block per row, where nobody traces."""
+        tensors = (x, self.d, self.q_m, self.t)
+        if not native_reuse.is_plain(*tensors):
+            return self._operator(*tensors)
+        cut = Cutting.of(x.shape, self.d.shape, self.blocks)
+        rows, d, q_m = cut.rows(x), cut.line(self.d), cut.line(self.q_m)
+        if self.linear and self.strength is None:
+            plan = self._planner.plan(rows, d, q_m, self.surrogate, signed=self.signed, keeps=self._keep_values)
+            if plan is not None:
+                return cut.back(native_plan.quantize(plan, rows, d, q_m))
+        return cut.back(self._plainly(rows, d, q_m, cut.line(self.t)))
+
+    def _plainly(self, x: Tensor, d: Tensor, q_m: Tensor, t: Tensor) -> Tensor:
+        settings = native_reuse.Settings(self.signed, self.linear, self.surrogate.coefficients, self.surrogate.kind)
+        return native_reuse.fake_quantize((x, d, q_m, t), settings, self.strength, self._kept if self.keep_values else None)
+
+    def _operator(self, *tensors: Tensor) -> Tensor:
+        surrogate, blocks = surrogate_arguments(self.surrogate, self.strength), block_arguments(self.blocks)
+        quantized: Tensor = torch.ops.geta.fake_quantize(*tensors, self.signed, self.linear, *surrogate, **blocks)
         return quantized
 
     @property
@@ -104,7 +127,7 @@ class Quantizer(nn.Module):
 
     def codes(self, x: Tensor) -> Tensor:
         """The int32 codes of x: `codes(x) * d` equals `forward(x)`."""
-        return ops.quantize_codes(x, self.d, self.q_m, self.t, self.signed, linear=self.linear)
+        return ops.quantize_codes(x, self.d, self.q_m, self.t, self.signed, linear=self.linear, blocks=self.blocks)
 
     def bit_width(self) -> Tensor:
         """The bit width that d, q_m and t imply now, in bits; d's shape."""
@@ -125,12 +148,14 @@ class Quantizer(nn.Module):
         return widths.to(torch.int64)
 
     def get_extra_state(self) -> Tensor:
-        """A tensor [signed, linear] rather than a dict, so that every state-dict file format can hold it."""
-        return torch.tensor([self.signed, self.linear], dtype=torch.int64)
+        """A tensor [signed, linear, *blocks] rather than a dict, so that every state-dict file format can hold it."""
+        return torch.tensor([self.signed, self.linear, *self.blocks], dtype=torch.int64)
 
     def set_extra_state(self, state: Tensor) -> None:
-        """Take over `signed`; raises CheckpointError when the saved quantizer was linear and this one isn't, or the reverse."""
-        signed, linear = (bool(value) for value in state.tolist())
+        """Take over `signed`; raises CheckpointError when the saved quantizer was linear and this one isn't, or had other blocks."""
+        values = state.tolist()
+        signed, linear = (bool(value) for value in values[:2])
+        check_blocks(self.name, tuple(values[2:]), self.blocks)
         if linear != self.linear:
             word = {True: "linear", False: "nonlinear"}
             raise CheckpointError(
@@ -142,7 +167,7 @@ class Quantizer(nn.Module):
     def extra_repr(self) -> str:
         sign = "signed" if self.signed else "unsigned"
         shape = "linear" if self.linear else "nonlinear"
-        return f"{self.name}, {self.kind}, bits {self.bits}, {sign}, {shape}"
+        return f"{self.name}, {self.kind}, bits {self.bits}, {sign}, {shape}{blocks_in_words(self.blocks)}"
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         self._kept.clear()
@@ -155,6 +180,27 @@ def surrogate_arguments(surrogate: Surrogate, strength: Tensor | None) -> tuple[
     if strength is not None:
         return surrogate.coefficients, surrogate.kind, strength
     return (surrogate.coefficients,) if surrogate.kind == "fourier" else (surrogate.coefficients, surrogate.kind)
+
+
+def block_arguments(blocks: Blocks) -> dict[str, Blocks]:
+    """The operators' argument `blocks`, left out where it has its default."""
+    return {"blocks": blocks} if blocks else {}
+
+
+def blocks_in_words(blocks: Blocks) -> str:
+    """For printing a quantizer."""
+    if not blocks:
+        return ""
+    return f", blocks of {blocks[0]} columns" if len(blocks) == 1 else f", {len(blocks)} uneven blocks of columns"
+
+
+def check_blocks(name: str, saved: Blocks, mine: Blocks) -> None:
+    """Raise CheckpointError when a saved quantizer had other blocks of columns."""
+    if saved != mine:
+        raise CheckpointError(
+            f"quantizer '{name}' was saved with blocks of columns {list(saved) or 'none'} and has {list(mine) or 'none'} here; "
+            "call quantize with the same granularity and group_size before loading"
+        )
 
 
 def keep_precision(before: Tensor, after: Tensor) -> Tensor:

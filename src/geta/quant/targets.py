@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
 import torch
@@ -53,11 +53,13 @@ class Weight:
 
     name: canonical name of the first place.
     output_dim: dimension of the output channels there.
+    column_dim: dimension along which a row lies, if it is a matrix: the inputs of a layer, the entries of an embedded token.
     """
 
     name: str
     tensor: nn.Parameter
     output_dim: int
+    column_dim: int
     places: tuple[tuple[nn.Module, str], ...]
 
 
@@ -97,9 +99,11 @@ def find_weights(model: nn.Module, layers: Sequence[Layer]) -> list[Weight]:
             place = (layer.module, leaf)
             known = found.get(id(tensor))
             if known is None:
-                found[id(tensor)] = Weight(_join(layer.path, leaf), tensor, _output_dim(layer.module), (place,))
+                output_dim = _output_dim(layer.module)
+                column_dim = 1 if isinstance(layer.module, _EMBEDDINGS) else 1 - output_dim
+                found[id(tensor)] = Weight(_join(layer.path, leaf), tensor, output_dim, column_dim, (place,))
             else:
-                found[id(tensor)] = Weight(known.name, tensor, known.output_dim, (*known.places, place))
+                found[id(tensor)] = replace(known, places=(*known.places, place))
     return list(found.values())
 
 

@@ -19,6 +19,7 @@ from geta.graph.preserve import mode_of, without_caches
 from geta.optim.shards import is_sharded
 from geta.quant.fixed import FixedQuantizer
 from geta.quant.quantizer import Quantizer
+from geta.subnet.blocks import cut_blocks
 from geta.subnet.comparison import max_difference, needs_float64, outputs
 from geta.subnet.eager import compact_eager
 from geta.subnet.integers import Quantized, drop_unused, store_integers
@@ -155,15 +156,17 @@ def _cut(model: nn.Module, analysis: Analysis, graph: DependencyGraph, selection
         return analysis.capture.constants[name] if name in analysis.capture.constants else find_tensor(model, name)
 
     tensors = {name: sliced(read(name), stays) for name, stays in cut.items()}
-    quantized = Quantized()
+    quantized, made = Quantized(), dict[str, torch.Tensor]()
     if integers:
         quantized, stored = store_integers(program.graph, lambda name: read(name).detach(), _quantizer_names(model))
         for item in stored:
-            tensors[item.codes_name] = sliced(item.codes, cut[item.weight])
-            tensors[item.scale_name] = sliced(item.scale, cut[item.step])
+            made |= {item.codes_name: item.codes, item.scale_name: item.scale}
+            cut |= {item.codes_name: cut[item.weight], item.scale_name: cut[item.step]}
+        tensors |= {name: sliced(tensor, cut[name]) for name, tensor in made.items()}
+    cut_blocks(program.graph, tensors, lambda name: made[name] if name in made else read(name), cut)
     drop_unused(program.graph)
     used = set(program.tensor_names())
-    mine = [name for name in cut if name not in analysis.capture.constants]
+    mine = [name for name in canonical.values() if name not in analysis.capture.constants]
     return _Cut(program, {name: t for name, t in tensors.items() if name in used}, mine, quantized, analysis.capture.out_spec)
 
 

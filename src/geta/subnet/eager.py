@@ -24,6 +24,7 @@ from geta.graph.propagate import UNUSED
 from geta.quant.fixed import FixedQuantizer
 from geta.quant.quantizer import Quantizer
 from geta.subnet.attributes import Change, Cut, Sizes, applied, apply, torch_changes
+from geta.subnet.blocks import cut_blocks_of_modules
 from geta.subnet.comparison import max_difference
 from geta.subnet.pretrained import Fit, UnfitError, fitting_configs, is_pretrained
 from geta.subnet.removal import TOLERANCE, checked_selection, kept_by_name, sliced, zeroed
@@ -227,9 +228,11 @@ class _Maker:
             small = copy.deepcopy(self.model)
         except Exception as error:  # noqa: BLE001 - the user's classes may refuse a copy for any reason; it is reported
             return f"the model can't be copied ({type_and_line(error)})"
+        stored = {name: _stored(small, name) for name in self.cuts}
+        cut_blocks_of_modules(small, {id(tensor): self.cuts[name].kept for name, tensor in stored.items()})
         for name, cut in self.cuts.items():
             try:
-                tensor = _stored(small, name)
+                tensor = stored[name]
                 assert tensor is not None
                 tensor.data = sliced(
                     tensor, cut.kept

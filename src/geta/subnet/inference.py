@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor, fx
 
 from geta.quant import native
 from geta.quant.fixed_ops import lsq_values
-from geta.quant.ops import Parameters, dequantize_values, prepared, quantized_values
+from geta.quant.ops import Parameters, blockwise_values, dequantize_values, prepared, quantized_values
 
 
 def lean(graph: fx.Graph) -> fx.Graph:
@@ -41,12 +41,12 @@ def _remembering_weights() -> Callable[..., Any]:
     """
     kept: tuple[Tensor, tuple[Any, ...]] | None = None
 
-    def dequantize_once(codes: Tensor, scale: Tensor, bits: int) -> Tensor:
+    def dequantize_once(codes: Tensor, scale: Tensor, bits: int, *, blocks: Sequence[int] = ()) -> Tensor:
         nonlocal kept
         last = kept
         if last is not None and _stamp(codes, scale, last[0]) == last[1]:
             return last[0]
-        value = dequantize_values(codes, scale, bits)
+        value = dequantize_values(codes, scale, bits, blocks)
         stamp = _stamp(codes, scale, value)
         kept = None if stamp is None else (value, stamp)
         return value
@@ -64,9 +64,11 @@ def _remembering_parameters() -> Callable[..., Any]:
     """fake_quantize that remembers the admissible values of parameters that are single numbers on the CPU, as long as they are equal."""
     kept: tuple[Parameters, tuple[Any, ...]] | None = None
 
-    def fake_quantize_lean(x: Tensor, d: Tensor, q_m: Tensor, t: Tensor, *settings: Any) -> Tensor:
+    def fake_quantize_lean(x: Tensor, d: Tensor, q_m: Tensor, t: Tensor, *settings: Any, blocks: Sequence[int] = ()) -> Tensor:
         nonlocal kept
         signed, linear, *_surrogate = settings
+        if blocks:
+            return blockwise_values(x, d, q_m, t, (signed, linear), blocks)
         if any(parameter.numel() != 1 or parameter.device.type != "cpu" for parameter in (d, q_m, t)):
             return quantized_values(x, prepared(x, d, q_m, t, linear), signed, linear)
         stamp = (x.dtype, *((parameter.item(), parameter.dtype, parameter.shape) for parameter in (d, q_m, t)))

@@ -44,6 +44,7 @@ class _Found:
     bits: int
     signed: bool
     codes: Callable[[torch.Tensor], torch.Tensor]
+    blocks: tuple[int, ...] = ()
 
 
 def code_dtype(bits: int, signed: bool) -> torch.dtype:
@@ -83,7 +84,8 @@ def store_integers(graph: fx.Graph, read: Callable[[str], torch.Tensor], names: 
         stored[base] = Stored(str(source.target), quantizer.step, f"{base}_codes", f"{base}_scale", codes, quantizer.scale)
         with graph.inserting_before(node):
             reads = [graph.create_node("get_attr", f"{base}_{part}") for part in ("codes", "scale")]
-            new = graph.call_function(torch.ops.geta.dequantize.default, (*reads, quantizer.bits))
+            blocks: dict[str, Any] = {"blocks": [*quantizer.blocks]} if quantizer.blocks else {}
+            new = graph.call_function(torch.ops.geta.dequantize.default, (*reads, quantizer.bits), blocks)
             new.meta = dict(node.meta)
             if weight.dtype != quantizer.scale.dtype:  # scales stay float32 in a half-precision model
                 new = graph.call_function(torch.ops.aten.to.dtype, (new, weight.dtype))
@@ -95,8 +97,8 @@ def store_integers(graph: fx.Graph, read: Callable[[str], torch.Tensor], names: 
 def _learned(bound: Mapping[str, Any], read: Callable[[str], torch.Tensor]) -> _Found:
     step, signed, linear = str(bound["d"].target), bool(bound["signed"]), bool(bound["linear"])
     d, q_m, t = (read(str(bound[name].target)) for name in ("d", "q_m", "t"))
-    bits = whole_bits(bit_width(d, q_m, t, signed))
-    return _Found(step, d, bits, signed, lambda weight: quantize_codes(weight, d, q_m, t, signed, linear=linear))
+    bits, blocks = whole_bits(bit_width(d, q_m, t, signed)), tuple(bound["blocks"])
+    return _Found(step, d, bits, signed, lambda weight: quantize_codes(weight, d, q_m, t, signed, linear=linear, blocks=blocks), blocks)
 
 
 def _fixed(bound: Mapping[str, Any], read: Callable[[str], torch.Tensor]) -> _Found:
@@ -104,8 +106,9 @@ def _fixed(bound: Mapping[str, Any], read: Callable[[str], torch.Tensor]) -> _Fo
     step = str(bound["scale"].target)
     scale = read(step)
     levels = (bound["bits"], bound["quant_min"], bound["quant_max"])
-    signed = bound["quant_min"] < 0
-    return _Found(step, effective_scale(scale, scale.dtype), bound["bits"], signed, lambda weight: lsq_codes(weight, scale, *levels))
+    signed, blocks = bound["quant_min"] < 0, tuple(bound["blocks"])
+    effective = effective_scale(scale, scale.dtype)
+    return _Found(step, effective, bound["bits"], signed, lambda weight: lsq_codes(weight, scale, *levels, blocks=blocks), blocks)
 
 
 _READERS: dict[Any, Callable[[Mapping[str, Any], Callable[[str], torch.Tensor]], _Found]] = {

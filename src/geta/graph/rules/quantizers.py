@@ -73,7 +73,7 @@ def _values(*values: Any) -> list[Value]:
 def fake_quantize(ctx: Context) -> Value:
     """geta's own quantizer: d, q_m and t broadcast against x."""
     x: Value = ctx["x"]
-    return quantized(ctx, x, [_trailing(x, ctx[name]) for name in ("d", "q_m", "t")])
+    return quantized(ctx, x, _own_scales(ctx, x, [ctx[name] for name in ("d", "q_m", "t")]))
 
 
 @rule("geta::lsq_quantize")
@@ -81,14 +81,42 @@ def lsq_quantize(ctx: Context) -> Value:
     """geta's own quantizer of fixed width: its scale broadcasts against x; the binary one has no zero and makes +1 of it."""
     x: Value = ctx["x"]
     binary = ctx["bits"] == 1 and ctx["quant_min"] < 0
-    return quantized(ctx, x, [_trailing(x, ctx["scale"])], keeps_zero=not binary)
+    return quantized(ctx, x, _own_scales(ctx, x, [ctx["scale"]]), keeps_zero=not binary)
 
 
 @rule("geta::dequantize")
 def dequantize(ctx: Context) -> Value:
     """Integer codes times scale."""
     codes = ctx["codes"]
-    return quantized(ctx, codes, [_trailing(codes, ctx["scale"])])
+    return quantized(ctx, codes, _own_scales(ctx, codes, [ctx["scale"]]))
+
+
+def _own_scales(ctx: Context, x: Value, scales: Sequence[Value]) -> list[tuple[Value, Sequence[int]]]:
+    """Parameters that broadcast, or with one number per row and block of columns, where only the rows are coupled.
+
+    Columns go one by one: the operator's list of block lengths follows, and a block without columns loses its numbers.
+    """
+    blocks = ctx["blocks"]
+    if not blocks:
+        return [_trailing(x, scale) for scale in scales]
+    axis = next(axis for axis in (1, 0) if _is_cut_along(axis, x.shape, scales[0].shape, blocks))
+    if not isinstance(ctx.node.args[0], fx.Node) or ctx.node.args[0].op != "placeholder":
+        ctx.freeze(x, (axis,), f"is quantized in blocks by {ctx.where}, and is not a parameter itself")
+    for scale in scales:
+        ctx.freeze(scale, (axis,), f"{INTERNAL}belongs to blocks of {ctx.where}")
+    row = 1 - axis
+    return [(Value((scale.shape[row],), _row_tracks(scale, axis), scale.derived), (row,)) for scale in scales]
+
+
+def _row_tracks(scale: Value, axis: int) -> tuple[Track, ...]:
+    return tuple(Track(track.code.select(axis, 0), track.origins) for track in _without(scale, (axis,)))
+
+
+def _is_cut_along(axis: int, shape: Sequence[int], parameter: Sequence[int], blocks: Sequence[int]) -> bool:
+    """As `geta.quant.blocks` decides it: one block length stands for all of them."""
+    count = len(blocks) if len(blocks) > 1 else -(-shape[axis] // blocks[0])
+    size = sum(blocks) if len(blocks) > 1 else shape[axis]
+    return parameter[1 - axis] == shape[1 - axis] and (parameter[axis], shape[axis]) == (count, size)
 
 
 @rule(*AFFINE)
