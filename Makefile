@@ -21,9 +21,10 @@ LOW_BITS_ARGS ?=
 SALIENCY_ARGS ?=
 KERNELS_ARGS ?=
 LATENCY_ARGS ?=
+PARITY_ARGS ?=
 
 .PHONY: help demo test check format zoo fuzz clean
-.PHONY: bench-step bench-joint bench-methods bench-low-bits bench-saliency bench-kernels bench-peers bench-scale bench-latency
+.PHONY: bench-step bench-joint bench-methods bench-low-bits bench-saliency bench-kernels bench-peers bench-scale bench-latency bench-parity
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 17
@@ -96,6 +97,9 @@ bench-peers: .venv-zoo/.stamp  ## geta and torch-pruning on torchvision's classi
 
 bench-latency: .venv/.stamp-dev  ## dense, pruned, quantized and compact networks in PyTorch and ONNX Runtime; resumable
 	$(BIN)/python -m bench.latency $(LATENCY_ARGS)
+
+bench-parity: .venv-zoo/.stamp  ## exported files of 90 networks against PyTorch's fake quantization, an hour; resumable
+	.venv-zoo/bin/python -m bench.export_parity --jobs $(WORKERS) $(PARITY_ARGS)
 
 bench-scale: .venv-zoo/.stamp  ## analyse language models of 7 to 70 billion parameters without weights (SCALE_ARGS="--only 'llama-7b*'")
 	.venv-zoo/bin/python -m bench.scale $(SCALE_ARGS)

@@ -21,7 +21,7 @@ STEPS = 6
 SCHEDULE = geta.Schedule(STEPS, warmup=1, projection=1, joint=2, projection_periods=1, joint_periods=1)
 
 
-def compressed(model, args, kwargs, **options) -> tuple[geta.CompactModel, geta.QASSO]:
+def compressed(model, args, kwargs, product="graph", **options) -> tuple[geta.CompactModel, geta.QASSO]:
     compressor = geta.Compressor(model, args, kwargs, **options)
     optimizer = compressor.optimizer(torch.optim.SGD, lr=1e-3, schedule=SCHEDULE)
     for _ in range(STEPS):
@@ -29,7 +29,7 @@ def compressed(model, args, kwargs, **options) -> tuple[geta.CompactModel, geta.
         outputs = [one for one in pytree.tree_leaves(model(*args, **kwargs)) if isinstance(one, torch.Tensor)]
         torch.stack([one.square().mean() for one in outputs if one.is_floating_point()]).sum().backward()
         optimizer.step()
-    return compressor.finish(), optimizer
+    return compressor.finish(product), optimizer
 
 
 def shares(small: geta.CompactModel) -> dict[str, float]:
@@ -78,9 +78,10 @@ def test_the_compressor_wants_one_kind_of_target():
             geta.Compressor(model, args, **settings_)
 
 
-def test_a_compact_network_above_the_budget_is_not_handed_out(monkeypatch):
+@pytest.mark.parametrize("product", ["graph", "eager"])
+def test_a_compact_network_above_the_budget_is_not_handed_out(product, monkeypatch):
     model, args, kwargs = NETS["vgg7_bn"]()
     whole = geta.cost(model, args)
     monkeypatch.setattr(geta.CompactModel, "cost", property(lambda _self: whole))
     with pytest.raises(GetaError, match="the budget is missed"):
-        compressed(model, args, kwargs, target=geta.Budget(macs=0.5), weight_bits=None)
+        compressed(model, args, kwargs, product, target=geta.Budget(macs=0.5), weight_bits=None)

@@ -182,8 +182,9 @@ class Compressor:
         self.check()
         with own_forward(self.model):
             small = compact(self.model, self.graph, product=product)
-        if self._target is not None and self._optimizer is not None and isinstance(small, CompactModel):
-            self._optimizer.check_cost(small.cost)
+            if self._target is not None and self._optimizer is not None:
+                counted = small if isinstance(small, CompactModel) else compact(self.model, self.graph)  # whose integers a budget counts
+                self._optimizer.check_cost(counted.cost)
         return small
 
     def check(self) -> None:
