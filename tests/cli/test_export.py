@@ -33,6 +33,14 @@ def test_onnx(saved, capsys):
     assert found.shape == (3, 5)
 
 
+def test_notes_are_printed(tmp_path, capsys):
+    compacted("8 bits per channel").save(tmp_path / "small")
+    assert main(["export", str(tmp_path / "small")]) == 0
+    assert "note: 4 layers have 8-bit weights as uint8" in capsys.readouterr().out
+    assert main(["export", str(tmp_path / "small"), "--int8-weights"]) == 0
+    assert "note:" not in capsys.readouterr().out
+
+
 def test_reasons_are_printed(saved, tmp_path, capsys):
     assert main(["export", str(saved / "mixed"), "--out", str(tmp_path / "mixed.onnx")]) == 0
     printed = capsys.readouterr().out

@@ -245,8 +245,10 @@ def test_the_same_model_gives_the_same_file(models, tmp_path):
 
 def test_eight_bit_weights_overflow_nowhere_unless_asked(models, tmp_path):
     model = models("8 bits per channel")
-    model.export_onnx(tmp_path / "safe.onnx")
-    model.export_onnx(tmp_path / "fast.onnx", uint8_weights=False)
+    report = model.export_onnx(tmp_path / "safe.onnx")
+    assert [note.split(" as ")[0] for note in report.notes] == [f"{len(report.integer)} layers have 8-bit weights"]
+    assert model.export_onnx(tmp_path / "fast.onnx", uint8_weights=False).notes == []
+    assert models("2 to 3 bits").export_onnx(tmp_path / "narrow.onnx").notes == []
     kinds = {}
     for name in ("safe", "fast"):
         stored = onnx.load(tmp_path / f"{name}.onnx").graph.initializer

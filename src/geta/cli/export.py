@@ -106,3 +106,5 @@ def _show(line: Callable[[str], None], model: CompactModel, report: OnnxReport, 
     line(f"layers that integer kernels can run: {len(report.integer)} of {len(report.integer) + len(report.floating)}")
     for path, reason in report.floating.items():
         line(f"  {path}: {reason}")
+    for note in report.notes:
+        line(f"note: {note}")

@@ -24,6 +24,7 @@ from geta.export.onnx_quant import (
     integer_bias,
     lower_activation,
     lower_weight,
+    may_overflow,
     way_to,
     weight_of,
 )
@@ -40,12 +41,14 @@ _VIEWS = (_aten.view.default, _aten.reshape.default, _aten._unsafe_view.default,
 class Lowered:
     """integer: module paths of the layers that integer kernels can run; floating: module path -> why another layer is computed in floats.
 
-    activations: name of a quantizer's node -> the node that took its place.
+    activations: name of a quantizer's node -> the node that took its place. unsigned: how many integer layers have their signed 8-bit
+    weights as uint8.
     """
 
     integer: list[str] = field(default_factory=list)
     floating: dict[str, str] = field(default_factory=dict)
     activations: dict[str, fx.Node] = field(default_factory=dict)
+    unsigned: int = 0
 
 
 def lower(network: Network, *, uint8_weights: bool) -> Lowered:
@@ -164,6 +167,7 @@ class _Lowering:
             self._done.floating[path] = "; ".join(reasons)
             return False
         self._done.integer.append(path)
+        self._done.unsigned += self._uint8 and weight is not None and may_overflow(weight)
         self._around.add(source)
         return True
 

@@ -226,9 +226,14 @@ def weight_of(network: Network, node: object) -> Weight | None:
     return Weight(str(codes.target), network.read(codes), network.read(scale), int(str(bits)), blocks)
 
 
+def may_overflow(weight: Weight) -> bool:
+    """Whether sums of two products with such codes, as int8, are too large for the 16 bits of some x86 kernels."""
+    return weight.codes.dtype is torch.int8 and weight.bits >= _SATURATING_BITS
+
+
 def stored(weight: Weight, *, uint8: bool) -> tuple[Tensor, int | None]:
     """The codes in the type that a file gets, and their zero point (None: the type has none)."""
-    if weight.codes.dtype is torch.int8 and weight.bits >= _SATURATING_BITS and uint8:
+    if uint8 and may_overflow(weight):
         return (weight.codes.to(torch.int16) + 128).to(torch.uint8), 128
     return weight.codes, None if weight.codes.dtype is torch.int32 else 0
 
