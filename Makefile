@@ -22,9 +22,10 @@ SALIENCY_ARGS ?=
 KERNELS_ARGS ?=
 LATENCY_ARGS ?=
 PARITY_ARGS ?=
+LANGUAGE_ARGS ?=
 
 .PHONY: help demo test check format zoo fuzz clean
-.PHONY: bench-step bench-joint bench-methods bench-low-bits bench-saliency bench-kernels bench-peers bench-scale bench-latency bench-parity
+.PHONY: bench-step bench-joint bench-methods bench-low-bits bench-saliency bench-kernels bench-peers bench-scale bench-latency bench-parity bench-language
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 17
@@ -97,6 +98,9 @@ bench-peers: .venv-zoo/.stamp  ## geta and torch-pruning on torchvision's classi
 
 bench-latency: .venv/.stamp-dev  ## dense, pruned, quantized and compact networks in PyTorch and ONNX Runtime; resumable
 	$(BIN)/python -m bench.latency $(LATENCY_ARGS)
+
+bench-language: .venv/.stamp-dev  ## a Llama on Python's own text, pruned and quantized, hours; resumable
+	$(BIN)/python -m bench.language --jobs $(WORKERS) $(LANGUAGE_ARGS)
 
 bench-parity: .venv-zoo/.stamp  ## exported files of 90 networks against PyTorch's fake quantization, an hour; resumable
 	.venv-zoo/bin/python -m bench.export_parity --jobs $(WORKERS) $(PARITY_ARGS)
