@@ -20,6 +20,7 @@ import argparse
 import copy
 import fnmatch
 import glob
+import json
 import subprocess
 import sys
 import tempfile
@@ -80,12 +81,15 @@ numpy.savez(sys.argv[1] + "/results.npz", *results)
 assert "torch" not in sys.modules and "geta" not in sys.modules
 """
 _PT2 = """
-import sys, numpy, torch
+import json, sys, numpy, torch
 sys.modules["geta"] = None
 torch.set_num_threads(1)
 given = numpy.load(sys.argv[1] + "/inputs.npz")
+tensors = (torch.from_numpy(given[str(n)]) for n in range(len(given.files)))
+with open(sys.argv[1] + "/leaves.json") as plain:  # values that aren't tensors are inputs as well
+    leaves = [next(tensors) if leaf == "tensor" else leaf for leaf in json.load(plain)]
 with torch.no_grad():
-    results = torch.export.load(sys.argv[1] + "/model.pt2").module()(*(torch.from_numpy(given[str(n)]) for n in range(len(given.files))))
+    results = torch.export.load(sys.argv[1] + "/model.pt2").module()(*leaves)
 leaves = torch.utils._pytree.tree_leaves(results)
 numpy.savez(sys.argv[1] + "/results.npz", *(leaf.numpy() for leaf in leaves if isinstance(leaf, torch.Tensor)))
 """
@@ -126,11 +130,13 @@ def compare(entry: Entry, *, debug: bool = False) -> dict[str, Any]:
         return record.to_json()
     small, inputs = made
     expected = outputs(small, inputs)
-    leaves = [leaf for leaf in small.flattened(*inputs) if isinstance(leaf, Tensor)]
+    everything = small.flattened(*inputs)
+    leaves = [leaf for leaf in everything if isinstance(leaf, Tensor)]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         given: dict[str, Any] = {str(place): leaf.numpy() for place, leaf in enumerate(leaves)}
         np.savez(folder / "inputs.npz", **given)
+        (folder / "leaves.json").write_text(json.dumps(["tensor" if isinstance(leaf, Tensor) else leaf for leaf in everything]))
 
         def integers() -> dict[str, Any]:
             report = small.export_onnx(folder / "model.onnx")
