@@ -61,6 +61,17 @@ class Words(nn.Module):
         return self.head(self.mix(self.embed(ids)).relu())
 
 
+class Recurrent(nn.Module):
+    """ONNX Runtime wants time first, so that a transposition stands behind the table."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.gru, self.head = nn.Embedding(11, 8), nn.GRU(8, 12, batch_first=True), nn.Linear(12, 5)
+
+    def forward(self, ids):
+        return self.head(self.gru(self.embed(ids))[0].mean(1))
+
+
 def convolutions() -> nn.Module:
     return nn.Sequential(
         *(nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16), nn.ReLU(), nn.MaxPool2d(2)),
@@ -118,6 +129,7 @@ CASES: dict[str, Case] = {
     "upsampling": Case(upsampling, (2, 3, 8, 8)),
     "attention": Case(Attention, (2, 7, 16), results=False),
     "words": Case(Words, (2, 9), results=False),
+    "recurrent": Case(Recurrent, (2, 9), results=False),
     "weights only": Case(convolutions, (2, 3, 12, 12), {"activations": None}),
     "weights only, per channel": Case(perceptron, (5, 12), {"activations": None, "granularity": "channel"}),
     "words of few bits": Case(Words, (2, 9), {"weights": _BITS(3, 4)}, results=False),
@@ -132,7 +144,7 @@ CASES: dict[str, Case] = {
 def inputs(case: Case, batch: int | None = None, seed: int = 1) -> torch.Tensor:
     shape = case.shape if batch is None else (batch, *case.shape[1:])
     generator = torch.Generator().manual_seed(seed)
-    return torch.randint(0, 11, shape, generator=generator) if case.build is Words else torch.randn(shape, generator=generator)
+    return torch.randint(0, 11, shape, generator=generator) if case.build in (Words, Recurrent) else torch.randn(shape, generator=generator)
 
 
 def compacted(name: str) -> geta.CompactModel:

@@ -18,7 +18,6 @@ from geta.export.onnx_quant import (
     Weight,
     activation_of,
     bias_is_fine,
-    dequantize_linear,
     even_groups,
     gather_rows,
     integer_bias,
@@ -210,38 +209,29 @@ def _blocks_in_words(weight: Weight) -> str:
 
 
 def _lower_embedding(network: Network, node: fx.Node) -> None:
-    """Look rows up among the integers and dequantize these alone."""
-    bound = arguments(node)
-    weight = weight_of(network, bound["weight"])
-    if weight is not None and weight.blocks and weight.cutting.axis == 1:
-        _lower_embedding_in_blocks(network, node, weight)
+    """Look rows up among the integers and multiply these alone by their scales, which with blocks are looked up as well.
+
+    Not by DequantizeLinear: ONNX Runtime 1.31 moves one behind transpositions, and refuses what it has made of it.
+    """
+    graph, places = network.graph, arguments(node)["indices"]
+    weight = weight_of(network, arguments(node)["weight"])
+    if weight is None or weight.codes.dtype.itemsize > 1:
         return
-    if weight is None or weight.scale.numel() != 1 or weight.codes.dtype not in (torch.int8, torch.uint8):
+    in_blocks = bool(weight.blocks) and weight.cutting.axis == 1
+    if not in_blocks and weight.scale.numel() != 1:
         return
-    with network.graph.inserting_before(node):
-        reads = (network.add(f"{weight.name}.rows", weight.codes), network.add(f"{weight.name}.scale", weight.scale.reshape(())))
+    with graph.inserting_before(node):
+        scale = weight.scale if in_blocks else weight.scale.reshape(())
+        reads = (network.add(f"{weight.name}.rows", weight.codes), network.add(f"{weight.name}.scale", scale))
         if weight.bits <= HALF_A_BYTE:
             network.narrow.append(str(reads[0].target))
-        point = network.add(f"{weight.name}.zero_point", torch.zeros((), dtype=weight.codes.dtype))
-        rows = network.graph.call_function(gather_rows, (reads[0], bound["indices"]))
-        new = network.graph.call_function(dequantize_linear, (rows, reads[1], point, 0))
-        new.meta = dict(node.meta)
-    node.replace_all_uses_with(new)
-    network.graph.erase_node(node)
-
-
-def _lower_embedding_in_blocks(network: Network, node: fx.Node, weight: Weight) -> None:
-    """The same where every row has one scale per block: rows of scales are looked up as well, and multiplied column by column."""
-    graph, places, cut = network.graph, arguments(node)["indices"], weight.cutting
-    columns = torch.from_numpy(block_of_column(cut.widths, cut.shape[1]))
-    with graph.inserting_before(node):
-        reads = (network.add(f"{weight.name}.rows", weight.codes), network.add(f"{weight.name}.scale", weight.scale))
-        if weight.bits <= HALF_A_BYTE and weight.codes.dtype.itemsize == 1:
-            network.narrow.append(str(reads[0].target))
-        rows, scales = (graph.call_function(gather_rows, (read, places)) for read in reads)
-        floats = graph.call_function(_aten.to.dtype, (rows, weight.scale.dtype))
-        spread = graph.call_function(_aten.index_select.default, (scales, -1, network.add(f"{weight.name}.block_of_column", columns)))
-        new = graph.call_function(_aten.mul.Tensor, (floats, spread))
+        factors = reads[1]
+        if in_blocks:
+            columns = torch.from_numpy(block_of_column(weight.cutting.widths, weight.cutting.shape[1]))
+            scales = graph.call_function(gather_rows, (factors, places))
+            factors = graph.call_function(_aten.index_select.default, (scales, -1, network.add(f"{weight.name}.block_of_column", columns)))
+        floats = graph.call_function(_aten.to.dtype, (graph.call_function(gather_rows, (reads[0], places)), weight.scale.dtype))
+        new = graph.call_function(_aten.mul.Tensor, (floats, factors))
         new.meta = dict(node.meta)
     node.replace_all_uses_with(new)
     graph.erase_node(node)
