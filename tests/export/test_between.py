@@ -11,10 +11,10 @@ import torch.nn.functional as F
 from torch import nn
 
 import geta
-from geta.export.between import zero_padding
+from geta.export.between import ACTIVATIONS, zero_padding
 from geta.export.cleanup import clean_up, copied
 from geta.export.parity import parity
-from geta.quant import quantizers
+from geta.quant import fixed_quantizers, quantizers
 
 
 class Net(nn.Module):
@@ -146,6 +146,34 @@ def test_clamps_act_on_codes(kind, range_of_quantizer, tmp_path):
     report = compact.export_onnx(tmp_path / "model.onnx")
     assert report.floating == {}
     assert [node.op_type for node in onnx.load(tmp_path / "model.onnx").graph.node if node.op_type in ("Max", "Min", "Relu")] == []
+
+
+@pytest.mark.parametrize("equal", [True, False])
+@pytest.mark.parametrize("fixed", [True, False])
+def test_quantizing_twice_with_the_same_numbers_is_quantizing_once(equal, fixed):
+    class Twice(Net):
+        def forward(self, x):
+            x = self.first(x)
+            return self.second(x), x
+
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 7, 7)
+    model = Twice(None).eval()
+    graph = geta.analyze(model, (x,))
+    bits = geta.FixedBits(8) if fixed else 8
+    geta.quantize(model, weights=bits, activations=bits, calibration=[x], exclude=(), results_of=graph)
+    found = quantizers(model) if not fixed else fixed_quantizers(model)
+    for quantizer in found.values() if not fixed else ():
+        quantizer.round_bits_()
+    first, second = found["first:output"], found["second:input"]
+    with torch.no_grad():
+        for own, other in zip(second.parameters(), first.parameters(), strict=True):
+            own.copy_(other if equal else other * 1.25)
+    compact = geta.compact(model, graph, {}).eval()
+    network = copied(compact.programs["eval"].graph, compact.tensors())
+    clean_up(network)
+    assert sum(node.target in ACTIVATIONS for node in network.graph.nodes) == (3 if equal else 4)
+    assert parity(compact, [torch.randn(2, 3, 7, 7)]).output < 1e-5
 
 
 def test_a_clamp_without_zero_among_its_values_stays_in_floats(tmp_path):

@@ -14,11 +14,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from geta.export.between import arguments, fold_padding, zero_padding
+from geta.export.between import ACTIVATIONS, arguments, fold_padding, zero_padding
 from geta.quant.results import CONVOLUTIONS
 from geta.subnet.integers import drop_unused
 
@@ -67,7 +68,7 @@ def copied(graph: fx.Graph, tensors: Mapping[str, Tensor]) -> Network:
 def clean_up(network: Network) -> list[str]:
     """Fold and drop in place; returns the module paths of the batch norms that were folded."""
     for node in [*network.graph.nodes]:
-        if node.op == "call_function" and _has_no_effect(node):
+        if node.op == "call_function" and (_has_no_effect(node) or _repeats(network, node)):
             node.replace_all_uses_with(node.args[0])
             network.graph.erase_node(node)
     for pad in reversed([node for node in network.graph.nodes if zero_padding(node) is not None]):
@@ -86,6 +87,24 @@ def _has_no_effect(node: fx.Node) -> bool:
         return bool(node.args[2] is False or node.args[1] == 0)
     padding = zero_padding(node)
     return node.target in _WITHOUT_EFFECT or (padding is not None and not any(padding))
+
+
+def _repeats(network: Network, node: fx.Node) -> bool:
+    """Whether a quantizer reads what another one with the same numbers made: its values are on the grid already."""
+    source = node.args[0] if node.target in ACTIVATIONS else None
+    if not isinstance(source, fx.Node) or source.target is not node.target:
+        return False
+    mine, others = arguments(node), arguments(source)
+    if not mine.get("linear", True):
+        return False  # a power of a power is another number
+    return all(_same(network, mine[name], others[name]) for name in mine if name != "x")
+
+
+def _same(network: Network, one: Any, other: Any) -> bool:
+    """Whether two arguments are the same number or tensor."""
+    if not (isinstance(one, fx.Node) and isinstance(other, fx.Node)):
+        return bool(one == other)
+    return one.op == other.op == "get_attr" and torch.equal(network.read(one), network.read(other))
 
 
 def _fold(network: Network, norm: fx.Node) -> bool:
