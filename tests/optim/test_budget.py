@@ -210,6 +210,37 @@ def test_corrected_scores_decide_what_a_budget_takes(monkeypatch):
     assert costs(geta.compact(model, graph))["macs"] <= run.cost_limits["macs"]
 
 
+def test_a_family_is_not_emptied_because_its_groups_are_dear():
+    """Two layers score alike, and one costs 8 times as much: it may keep 2 of 32 beside all of the other, but one more is worth some of it."""
+
+    class Dear(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.dear, self.cheap = nn.Conv2d(1, 32, 3, padding=1), nn.Conv2d(1, 32, 3, padding=1, stride=3)
+            self.heads = nn.ModuleList([nn.Linear(32, 4), nn.Linear(32, 4)])
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            first, second = (F.relu(layer(x)).mean((2, 3)) for layer in (self.dear, self.cheap))
+            return self.heads[0](first) + self.heads[1](second)
+
+    model = Dear()
+    graph = geta.analyze(model, (torch.zeros(2, 1, 32, 32),))
+    run = HESSO(torch.optim.SGD(model.parameters(), lr=0.1), graph, target=Budget(macs=0.167), schedule=SCHEDULE)
+    plan = run._target.make(torch.ones(64, dtype=torch.float64).numpy())
+    names = [family.name for family in graph.families if family.prunable]
+    assert {name: 32 - gone for name, gone in zip(names, plan.removed, strict=True)} == {"dear": 3, "cheap": pytest.approx(24, abs=3)}
+
+
+def test_the_damage_of_a_family_starts_with_its_lowest_score_and_has_no_end():
+    scores = torch.tensor([0.001, 0.002, 0.1, 0.2, 0.4]).double().numpy()
+    damage = geta.optim.budget._damage(scores)
+    assert damage[0] == 0.0
+    assert damage[1] == pytest.approx(0.001, rel=2e-3)  # hardly more than the score, as long as little is gone
+    assert (damage[2:-1] > scores.cumsum()[1:-1]).all()
+    assert damage[-1] == float("inf")
+    assert (geta.optim.budget._damage(0.0 * scores) == 0.0).all()
+
+
 def test_a_checkpoint_of_another_budget_is_refused():
     _, _, first = build(Budget(macs=0.5), HESSO)
     _, _, second = build(Budget(macs=0.6), HESSO)
