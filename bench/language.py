@@ -69,8 +69,8 @@ class Size:
     heads: int = 8
     inner: int = 768
     context: int = 128
-    batch: int = 16
-    steps: int = 800
+    batch: int = 8
+    steps: int = 600
     rate: float = 1e-3
     held_out: int = _HELD_OUT
 
