@@ -211,7 +211,7 @@ def test_corrected_scores_decide_what_a_budget_takes(monkeypatch):
 
 
 def test_a_family_is_not_emptied_because_its_groups_are_dear():
-    """Two layers score alike, and one costs 8 times as much: it may keep 2 of 32 beside all of the other, but one more is worth some of it."""
+    """Two layers score alike, one costs 8 times as much: beside all of the other it could keep 2 of 32, but one more is worth some."""
 
     class Dear(nn.Module):
         def __init__(self) -> None:

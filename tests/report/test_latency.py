@@ -50,3 +50,17 @@ def test_in_bursts_the_fastest_call_counts_and_the_time_limit_leaves_three_round
     found = interleaved({"a": call}, rounds=50, warmup=1, seconds=1.0, burst=6.0)
     assert found["a"] == latency.Latency(1e3, 1e3, 1e3, 1e3)
     assert now[0] == 5.0 + 3 * 8.0
+
+
+def test_short_calls_are_repeated_before_they_are_timed_and_long_ones_are_not(monkeypatch):
+    now, called = [0.0], {"short": 0, "long": 0}
+
+    def call(name: str, takes: float) -> None:
+        called[name] += 1
+        now[0] += takes
+
+    monkeypatch.setattr(latency, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    turns = {"short": lambda: call("short", 0.25), "long": lambda: call("long", 4.0)}
+    found = interleaved(turns, rounds=3, warmup=1, settle=1.0)
+    assert called == {"short": 1 + 1 + 5 + 5, "long": 4}  # the first timed call says how long the short one takes
+    assert found["short"].maximum == 250.0

@@ -30,7 +30,13 @@ _FEWEST_ROUNDS = 3
 
 
 def interleaved(
-    calls: Mapping[str, Callable[[], object]], rounds: int = 30, warmup: int = 3, *, seconds: float = math.inf, burst: float = 0.0
+    calls: Mapping[str, Callable[[], object]],
+    rounds: int = 30,
+    warmup: int = 3,
+    *,
+    seconds: float = math.inf,
+    burst: float = 0.0,
+    settle: float = 0.0,
 ) -> dict[str, Latency]:
     """Time every call once per round, in turn, so that a drift of the machine's speed meets all of them alike.
 
@@ -39,6 +45,8 @@ def interleaved(
     seconds: no further round begins after so much time, but three are always timed (or `rounds`, if that is fewer).
     burst:   each turn repeats its call for so many seconds, at least once, and the fastest counts: for many short candidates, which
         drive each other out of the caches.
+    settle:  a turn begins with so many seconds of untimed calls, if the last timed one was shorter: a network of microseconds is served
+        again and again, not each time after another one has filled the caches.
     """
     times: dict[str, list[float]] = {name: [] for name in calls}
     end = time.perf_counter() + seconds if seconds < math.inf else math.inf
@@ -48,8 +56,10 @@ def interleaved(
         for name, call in calls.items():
             if number < warmup:
                 call()
-            else:
-                times[name].append(_turn(call, burst) * 1e3)
+                continue
+            if settle and times[name] and times[name][-1] < settle * 1e3:
+                _turn(call, settle)
+            times[name].append(_turn(call, burst) * 1e3)
     return {name: _summary(sorted(found)) for name, found in times.items()}
 
 
