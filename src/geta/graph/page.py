@@ -27,13 +27,15 @@ def build_page(graph: DependencyGraph) -> str:
 
 def fill_page(data: dict[str, Any], *, title: str) -> str:
     """Put data, style and script into the template, in one pass, so that no data is read as a slot."""
-    slots = {
-        "title": html.escape(title),
-        "style": _asset("page.css"),
-        "script": _asset("drawing.js") + _asset("page.js"),
-        "data": escape_json(json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(",", ":"))),
-    }
-    return _SLOT.sub(lambda slot: slots[slot[1]], _asset("page.html"))
+    before, after = page_shell(title=title)
+    return before + escape_json(json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(",", ":"))) + after
+
+
+def page_shell(*, title: str) -> tuple[str, str]:
+    """The page up to its data, and from there on: whoever has the data as escaped JSON (`escape_json`) puts it between."""
+    slots = {"title": html.escape(title), "style": _asset("page.css"), "script": _asset("drawing.js") + _asset("page.js")}
+    before, after = (_SLOT.sub(lambda slot: slots[slot[1]], part) for part in _asset("page.html").split("{{data}}"))
+    return before, after
 
 
 def escape_json(text: str) -> str:
