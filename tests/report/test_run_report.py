@@ -200,7 +200,7 @@ def test_an_unwritable_folder_is_an_error(complete, tmp_path, monkeypatch):
     def full(*_args: object) -> None:
         raise OSError(28, os.strerror(28))
 
-    monkeypatch.setattr("geta.report.run_report.write_atomically", full)
+    monkeypatch.setattr("geta.report.writing.write_atomically", full)
     with pytest.raises(GetaError, match="No space left on device"):
         write_report(complete, tmp_path / "a.html")
 

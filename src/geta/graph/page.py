@@ -53,7 +53,6 @@ def page_data(graph: DependencyGraph) -> dict[str, Any]:
     placed = lay_out(view)
     texts: dict[str, int] = {}
     numbers = {family.name: number for number, family in enumerate(graph.families)}
-    sizes = {name: find_tensor(graph.model, name).numel() for name in _touched_names(graph)}
 
     def text(value: str) -> int:
         return texts.setdefault(value, len(texts))
@@ -78,10 +77,10 @@ def page_data(graph: DependencyGraph) -> dict[str, Any]:
     families = [
         {
             **family.summary(),
-            "touched": _touched(graph, family, sizes),
+            "touched": touched,
             "members": [[text(m.param), m.dim, int(m.index.shape[1]), m.role, m.zero] for m in family.members],
         }
-        for family in graph.families
+        for family, touched in zip(graph.families, touched_parameters(graph), strict=True)
     ]
     return {
         "model": type(graph.model).__name__,
@@ -99,12 +98,17 @@ def page_data(graph: DependencyGraph) -> dict[str, Any]:
     }
 
 
+def touched_parameters(graph: DependencyGraph) -> list[int]:
+    """For every family, the parameter elements that lie in a row or column of it; one in both counts once."""
+    sizes = {name: find_tensor(graph.model, name).numel() for name in _touched_names(graph)}
+    return [_touched(graph, family, sizes) for family in graph.families]
+
+
 def _touched_names(graph: DependencyGraph) -> list[str]:
     return list(dict.fromkeys(member.param for family in graph.families for member in family.members if member.role != "buffer"))
 
 
 def _touched(graph: DependencyGraph, family: Family, sizes: dict[str, int]) -> int:
-    """Parameter elements that lie in a row or column of the family; one in both counts once."""
     untouched: dict[str, float] = {}
     for member in family.members:
         if member.role != "buffer":

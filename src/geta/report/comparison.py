@@ -21,7 +21,7 @@ from geta.report.run_json import headline_record, plain, point_record
 from geta.report.run_markdown import escape
 from geta.report.run_markdown import table as markdown_table
 from geta.report.run_records import Run
-from geta.report.run_report import write_together
+from geta.report.writing import write_together
 
 _STYLES = ("compact", *(f"compact line-{number}" for number in range(2, 7)))
 

@@ -220,7 +220,11 @@ def latency(run: Run) -> Section | None:
         for part in (environment.device, f"{environment.threads} thread(s)" if environment.threads else "", environment.platform)
         if part
     ) if environment else ""  # fmt: skip
-    note = f"In PyTorch{f' on {where}' if where else ''}, which emulates integer networks in floats; `geta bench` times other runtimes."
+    note = join(
+        f"In PyTorch{f' on {where}' if where else ''}, which emulates integer networks in floats; ",
+        tag("code", "geta bench"),
+        " times other runtimes.",
+    )
     values = table("Milliseconds per call", ["", "median", "95 % are below", "of dense"], rows)
     return Section("latency", "Latency", join(values, tag("p", note, class_="soft")))
 
@@ -258,7 +262,7 @@ def graph(run: Run) -> Section | None:
     if len(run.graph) > LARGEST_GRAPH:
         text = (
             f"The graph of this network is too large for this file ({len(run.graph) / 1e6:.1f} MB). Its families are listed above; "
-            "`graph.save_html(...)` or `geta analyze ... --html FILE` draws the operators."
+            "geta analyze TARGET --html FILE draws the operators."
         )
         return Section("graph", "Dependency graph", tag("p", text, class_="note"))
     line = "Operators of the network and the families that run through them: what is removed together."

@@ -47,12 +47,17 @@ def write_analysis(folder: Path, graph: DependencyGraph) -> None:
 
     Call it with the graph of the float network, before quantizers are attached.
     """
-    from geta.graph.page import page_data
     from geta.report.files import write_atomically
 
     write_atomically(folder / ANALYSIS, graph.to_json().encode())
-    drawn = json.dumps(page_data(graph), ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-    write_atomically(folder / GRAPH, drawn.encode())
+    write_atomically(folder / GRAPH, drawing(graph).encode())
+
+
+def drawing(graph: DependencyGraph) -> str:
+    """The text of graph.json: what the page of a graph shows."""
+    from geta.graph.page import page_data
+
+    return json.dumps(page_data(graph), ensure_ascii=False, allow_nan=False, separators=(",", ":"))
 
 
 def read_run(folder: Path) -> Run:

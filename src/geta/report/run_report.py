@@ -9,25 +9,28 @@ from geta.errors import GetaError
 from geta.report import page_sections as sections
 from geta.report import run_facts, words
 from geta.report.charts import Point
-from geta.report.files import prepare_folder, write_atomically
+from geta.report.comparison import read_comparison, write_comparison
 from geta.report.page import LARGEST_GRAPH, Page, fill
-from geta.report.run_files import read_result, read_run, read_sweep
+from geta.report.run_files import SWEEP, read_result, read_run, read_sweep
 from geta.report.run_json import run_record
 from geta.report.run_markdown import run_markdown
 from geta.report.run_records import Run
+from geta.report.writing import write_together
 
 OWN_LABEL = "this run"
 
 
 def write_report(folder: Path, out: Path | None = None) -> list[Path]:
-    """Write the report of a run folder, or of a saved compact model: HTML, Markdown and JSON, each atomically.
+    """Write the report of a run folder, of a sweep or of a saved compact model: HTML, Markdown and JSON, each atomically.
 
     folder: what `geta compress` or `geta demo` wrote, or `CompactModel.save`.
-    out:    the HTML file; the other two get its name with their own suffix. None = report.html inside of a run folder, and
+    out:    the HTML file; the other two get its name with their own suffix. None = report.html inside of a run folder or sweep, and
             NAME-report.html beside the folder of a saved model, which may hold nothing else.
     Returns the three paths. Raises GetaError for a run that is not complete and for a place that can't be written, CheckpointError for
     damaged files; then nothing was written.
     """
+    if (folder / SWEEP).exists():
+        return write_comparison(read_comparison([folder]), out or folder / "report.html")
     run = read_run(folder)
     target = out if out is not None else default_target(run)
     points, key = position(run)
@@ -40,20 +43,6 @@ def default_target(run: Run) -> Path:
     """Where the page goes when nobody says so."""
     resolved = run.folder.resolve()
     return run.folder / "report.html" if run.trained else resolved.with_name(f"{resolved.name}-report.html")
-
-
-def write_together(target: Path, contents: dict[str, str]) -> list[Path]:
-    """Write texts as `target` with each suffix. Raises GetaError when the folder can't be written."""
-    paths = [target.with_suffix(suffix) for suffix in contents]
-    try:
-        prepare_folder(target.parent)
-        for path, text in zip(paths, contents.values(), strict=True):
-            write_atomically(path, text.encode())
-    except OSError as error:
-        raise GetaError(
-            f"the report can't be written to '{target.parent}': {error.strerror or error}; choose another place with --out"
-        ) from error
-    return paths
 
 
 def position(run: Run) -> tuple[list[Point], str]:
