@@ -26,7 +26,7 @@ def tiles(run: Run) -> Html:
         elif row.key in ("bops", "macs", "params", "weight_bytes") and row.relative is not None:
             what = {"bops": "of the BOPs", "macs": "of the MACs", "params": "of the parameters", "weight_bytes": "of the bytes"}[row.key]
             shown.append((what, row.texts[2], _times(row.relative)))
-    parts = [tag("div", tag("dt", label), tag("dd", value), tag("p", note, class_="soft")) for label, value, note in shown]
+    parts = [tag("div", tag("dt", label), tag("dd", value), tag("dd", note, class_="soft")) for label, value, note in shown]
     return tag("dl", *parts, class_="tiles") if parts else Html("")
 
 
