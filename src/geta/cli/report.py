@@ -42,7 +42,7 @@ def report_command(
     from geta.errors import ConfigError
     from geta.report.run_files import SWEEP, check_folder
 
-    if out is not None and out.suffix not in (".html", ".htm"):
+    if out is not None and out.suffix != ".html":
         raise ConfigError(
             f"--out is '{out}': name an HTML file, such as '{out.with_suffix('.html').name}'; .md and .json get the same name"
         )

@@ -53,10 +53,10 @@ def plot_graph(graph: DependencyGraph, most: int = 30) -> Figure:
     figure = new_figure("graph.plot()", (11, 1.6 + 0.27 * max(1, len(shown))))
     groups, touched = figure.subplots(1, 2, sharey=True, width_ratios=(3, 2))
     own = [row for row in shown if not row.summed]
-    most_groups = max((row.groups for row in own), default=1)
-    room = max((row.groups + 0.017 * most_groups * min(_LONGEST_REASON, len(row.verdict)) for row in own), default=1.0)
-    _bars(groups, shown, [row.groups for row in shown], max(1.25 * most_groups, room))
-    _bars(touched, shown, [row.touched for row in shown], 1.35 * max(1, *(row.touched for row in own), 1))
+    most_groups, most_touched = max([1, *(row.groups for row in own)]), max([1, *(row.touched for row in own)])
+    room = max([1.25 * most_groups, *(row.groups + 0.017 * most_groups * min(_LONGEST_REASON, len(row.verdict)) for row in own)])
+    _bars(groups, shown, [row.groups for row in shown], (most_groups, room))
+    _bars(touched, shown, [row.touched for row in shown], (most_touched, 1.35 * most_touched))
     groups.set(title="groups", yticks=range(len(shown)), yticklabels=[row.label for row in shown], ylim=(len(shown) - 0.4, -0.6))
     touched.set(title="parameters in their rows and columns")
     figure.suptitle(_headline(graph), size=11)
@@ -89,13 +89,17 @@ def _summed(rest: Sequence[Row]) -> list[Row]:
     return found
 
 
-def _bars(axes: Any, shown: Sequence[Row], values: Sequence[int], room: float) -> None:
-    """Bars with their values; those of many families together end at the axis, so that the others can be told apart."""
+def _bars(axes: Any, shown: Sequence[Row], values: Sequence[int], limits: tuple[float, float]) -> None:
+    """Bars with their values; limits: the longest bar and the end of the axis.
+
+    Bars of many families together are cut off at the longest one, so that the others can be told apart.
+    """
+    longest, room = limits
     axes.set(xlim=(0, room))
     for place, (row, value) in enumerate(zip(shown, values, strict=True)):
         colour = {"prunable": PRUNABLE, "inexact": INEXACT}.get(row.kind, STAYS)
-        cut = row.summed > 0 and value > 0.75 * room
-        length = 0.75 * room if cut else value
+        cut = row.summed > 0 and value > longest
+        length = longest if cut else value
         axes.barh(place, length, color=colour, height=0.66, alpha=0.45 if row.summed else 1.0)
         text = f"{value:,} (bar cut off)" if cut else f"{value:,}"
         if row.verdict and axes.get_subplotspec().is_first_col():
