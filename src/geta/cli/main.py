@@ -17,6 +17,7 @@ from geta.cli.export import export_command
 from geta.cli.inspect import inspect_command
 from geta.cli.latency import latency_command
 from geta.cli.options import Session
+from geta.cli.report import report_command
 from geta.errors import ConfigError, GetaError
 
 app = typer.Typer(
@@ -32,6 +33,7 @@ app.command("inspect")(inspect_command)
 app.command("export")(export_command)
 app.command("bench")(bench_command)
 app.command("latency")(latency_command)
+app.command("report")(report_command)
 
 
 def _print_version(value: bool) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -32,6 +32,9 @@ from geta.graph.propagate import Propagation, propagate
 from geta.graph.render import to_dot, to_table
 from geta.graph.solver import Partition, Solver
 from geta.graph.view import GraphView, build_view
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 @dataclass(frozen=True)
@@ -104,6 +107,17 @@ class DependencyGraph:
         target = Path(path)
         prepare_folder(target.parent)
         write_atomically(target, build_page(self).encode())
+
+    def plot(self, most: int = 30) -> Figure:
+        """Families as bars: how many groups each has, the parameters in their rows and columns, and why the others stay.
+
+        most: so many families get bars of their own, those with most parameters; the rest is summed by what may happen to it.
+        Returns a matplotlib figure that `pyplot` doesn't know: `figure.savefig(...)`. Raises GetaError when matplotlib is missing
+        (`pip install 'geta[plots]'`), ConfigError for a `most` below 1.
+        """
+        from geta.graph.plot import plot_graph
+
+        return plot_graph(self, most)
 
     def explain(self, name: str, dim: int, index: int) -> Explanation:
         """What would removing index `index` of dimension `dim` of a tensor remove, or why can't it go and how did that come about?

@@ -27,13 +27,15 @@ def build_page(graph: DependencyGraph) -> str:
 
 def fill_page(data: dict[str, Any], *, title: str) -> str:
     """Put data, style and script into the template, in one pass, so that no data is read as a slot."""
-    slots = {
-        "title": html.escape(title),
-        "style": _asset("page.css"),
-        "script": _asset("drawing.js") + _asset("page.js"),
-        "data": escape_json(json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(",", ":"))),
-    }
-    return _SLOT.sub(lambda slot: slots[slot[1]], _asset("page.html"))
+    before, after = page_shell(title=title)
+    return before + escape_json(json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(",", ":"))) + after
+
+
+def page_shell(*, title: str) -> tuple[str, str]:
+    """The page up to its data, and from there on: whoever has the data as escaped JSON (`escape_json`) puts it between."""
+    slots = {"title": html.escape(title), "style": _asset("page.css"), "script": _asset("drawing.js") + _asset("page.js")}
+    before, after = (_SLOT.sub(lambda slot: slots[slot[1]], part) for part in _asset("page.html").split("{{data}}"))
+    return before, after
 
 
 def escape_json(text: str) -> str:
@@ -51,7 +53,6 @@ def page_data(graph: DependencyGraph) -> dict[str, Any]:
     placed = lay_out(view)
     texts: dict[str, int] = {}
     numbers = {family.name: number for number, family in enumerate(graph.families)}
-    sizes = {name: find_tensor(graph.model, name).numel() for name in _touched_names(graph)}
 
     def text(value: str) -> int:
         return texts.setdefault(value, len(texts))
@@ -76,10 +77,10 @@ def page_data(graph: DependencyGraph) -> dict[str, Any]:
     families = [
         {
             **family.summary(),
-            "touched": _touched(graph, family, sizes),
+            "touched": touched,
             "members": [[text(m.param), m.dim, int(m.index.shape[1]), m.role, m.zero] for m in family.members],
         }
-        for family in graph.families
+        for family, touched in zip(graph.families, touched_parameters(graph), strict=True)
     ]
     return {
         "model": type(graph.model).__name__,
@@ -97,12 +98,17 @@ def page_data(graph: DependencyGraph) -> dict[str, Any]:
     }
 
 
+def touched_parameters(graph: DependencyGraph) -> list[int]:
+    """For every family, the parameter elements that lie in a row or column of it; one in both counts once."""
+    sizes = {name: find_tensor(graph.model, name).numel() for name in _touched_names(graph)}
+    return [_touched(graph, family, sizes) for family in graph.families]
+
+
 def _touched_names(graph: DependencyGraph) -> list[str]:
     return list(dict.fromkeys(member.param for family in graph.families for member in family.members if member.role != "buffer"))
 
 
 def _touched(graph: DependencyGraph, family: Family, sizes: dict[str, int]) -> int:
-    """Parameter elements that lie in a row or column of the family; one in both counts once."""
     untouched: dict[str, float] = {}
     for member in family.members:
         if member.role != "buffer":

@@ -154,6 +154,7 @@ class HESSOCRIC(StructuredOptimizer):
         if self._only_allocates(closure):
             return self.base.step()
         self._check_loss(closure, loss)
+        stage = self.stage
         if self._step == self.schedule.joint_start == 0:
             self._enter_joint()
         if self._phase == "probe":
@@ -164,6 +165,7 @@ class HESSOCRIC(StructuredOptimizer):
             value = self._call_base(closure)
             with torch.no_grad():
                 self._drive()
+        self._note(stage, self.schedule.stage_at(self._step + 1) if self._phase == "warm-up" else self.stage)
         self._step += 1
         if self._step == self.schedule.joint_start:
             self._enter_joint()

@@ -154,6 +154,8 @@ class QASSO(StructuredOptimizer):
         weights = {i: q.name for i, q in enumerate(self._bank.quantizers) if q.kind == "weight" and self._tightens}
         self._tightened = {i: find_tensor(self._graph.model, name) for i, name in weights.items()}
         self._upper: tuple[tuple[float, ...], Tensor] | None = None
+        of_weights = [i for i, quantizer in enumerate(self._bank.quantizers) if quantizer.kind == "weight"]
+        self._weights = torch.tensor(of_weights, device=self._bank.device) if of_weights else None
 
     @property
     def bits(self) -> dict[str, float]:
@@ -252,6 +254,13 @@ class QASSO(StructuredOptimizer):
             return uppers
         period = self._period()
         return self._target.narrowed(uppers, 1.0 if period is None else (period + 1) / self.schedule.num_joint_periods)
+
+    @torch.no_grad()
+    def _noted_bits(self) -> tuple[Tensor | None, float | None]:
+        if not len(self._bank):
+            return None, None
+        widths = self._bank.bit_widths() if self._bits is None else self._bits
+        return None if self._weights is None else widths[self._weights].mean(), max(self._bounds())
 
     def _upper_bits(self) -> Tensor:
         """This step's upper bound per quantizer [L]; made anew only when it changes."""

@@ -20,6 +20,7 @@ from geta.optim.bank import QuantizerBank
 from geta.optim.budget import Budget, BudgetTarget, costs_by_kind
 from geta.optim.forget import Forgetting
 from geta.optim.groups import Graph, GroupIndex
+from geta.optim.history import History
 from geta.optim.pruner import Pruner, on_host
 from geta.optim.saliency import Saliency, SaliencyLike
 from geta.optim.schedule import Schedule, Stage
@@ -79,6 +80,7 @@ class StructuredOptimizer(WrappingOptimizer):
         self._trained = self._trained_names()
         self._unchecked = True
         self._step = 0
+        self.history = History(schedule.total_steps, self._index.num_groups)
         self._observe_next()
         self.notes = [*self._index.notes, *([selector.note] if selector.note else [])]
         if sparsity > 0.0 and wanted == 0:
@@ -318,8 +320,29 @@ class StructuredOptimizer(WrappingOptimizer):
 
     def _advance(self) -> None:
         """The step is done."""
+        self._note(self.stage, self.schedule.stage_at(self._step + 1))
         self._step += 1
         self._observe_next()
+
+    def _note(self, stage: Stage, following: Stage) -> None:
+        """Put the step of `stage` that was just taken into the history, if it is one of those; nothing here waits for the device."""
+        done = self._step + 1
+        if not self.history.due(done, ends=stage != following):
+            return
+        mean, bound = self._noted_bits()
+        self.history.note(
+            step=done,
+            stage=stage,
+            learning_rate=self.param_groups[0].get("lr"),
+            pruned_groups=int(self._pruner.pruned.sum()),
+            redundant_groups=int(self._pruner.redundant.sum()),
+            mean_weight_bits=mean,
+            upper_bound=bound,
+        )
+
+    def _noted_bits(self) -> tuple[Tensor | None, float | None]:
+        """Mean bit width of the weights, still on its device, and the upper bound of this step."""
+        return None, None
 
     def _observe_next(self) -> None:
         if self._pruner.observation.needed:
@@ -374,6 +397,7 @@ class StructuredOptimizer(WrappingOptimizer):
             "settings": self._settings(),
             "step": self._step,
             "stage": self.stage,
+            "noted": self.history.state(),
             "redundant": torch.from_numpy(self._pruner.redundant.copy()),
             "pruned": torch.from_numpy(self._pruner.pruned.copy()),
         }
@@ -383,12 +407,13 @@ class StructuredOptimizer(WrappingOptimizer):
             saved = extra["settings"].get(key) if "settings" in extra else mine
             if saved != mine:
                 raise CheckpointError(f"the checkpoint was made with {key} = {saved}, this run has {mine}: resume with the same settings")
-        missing = [key for key in self._extra_state() if key not in extra]
+        missing = [key for key in self._extra_state() if key not in extra and key != "noted"]  # which checkpoints of before haven't got
         if missing:
             raise CheckpointError(f"the optimizer state lacks {', '.join(missing)}: it is damaged or of another version")
 
     def _load_extra_state(self, extra: Mapping[str, Any]) -> None:
         self._step = int(extra["step"])
+        self.history.load(extra.get("noted"))
         self._pruner.redundant = extra["redundant"].cpu().numpy().astype(bool)
         self._pruner.pruned = extra["pruned"].cpu().numpy().astype(bool)
         if self._target is not None:

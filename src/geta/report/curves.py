@@ -1,4 +1,4 @@
-"""Training curves as one PNG: loss, accuracy, and what the constraints did meanwhile."""
+"""Training curves as one PNG: loss, score, and what the constraints did meanwhile."""
 
 from __future__ import annotations
 
@@ -6,24 +6,27 @@ import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from geta.errors import GetaError
+from geta.graph.plot import new_figure
+from geta.optim.history_plot import shade_stages, stage_spans
 from geta.report.files import write_atomically
+from geta.report.run_records import HistoryRow
 
-_STAGE_COLOURS = {"warm-up": "#f4f4f4", "projection": "#fdebd0", "joint": "#d6eaf8", "cool-down": "#d5f5e3"}
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 @dataclass(frozen=True)
 class Epoch:
     """One epoch of one run.
 
-    loss:     mean training loss. accuracy: on the test images, in percent.
+    epoch:    passes over the training data so far. loss: mean training loss. accuracy: on the test images, in percent, or another metric.
     stage:    of the optimizer, "" for a plain one. sparsity: share of the groups that are zero, in percent.
     bits:     mean bit width of the weight quantizers; bound: their current upper bound (None where there is none).
     """
 
-    epoch: int
+    epoch: float
     loss: float
     accuracy: float
     stage: str = ""
@@ -32,56 +35,73 @@ class Epoch:
     bound: float | None = None
 
 
-def save_curves(path: Path, runs: Mapping[str, Sequence[Epoch]]) -> None:
+def save_curves(path: Path, runs: Mapping[str, Sequence[Epoch]], *, metric: str = "test accuracy (%)") -> None:
     """Draw the epochs of every run into the PNG file `path`, atomically.
 
-    runs: label -> its epochs. Raises GetaError when matplotlib is missing.
+    runs: label -> its epochs. metric: what `accuracy` is, for the axis. Raises GetaError when matplotlib is missing.
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise GetaError("drawing curves needs matplotlib, which is not installed: pip install 'geta[demo]'") from None
-    figure = Figure(figsize=(8, 9), layout="constrained")
-    FigureCanvasAgg(figure)
-    loss, accuracy, limits = figure.subplots(3, 1, sharex=True)
-    for label, epochs in runs.items():
-        numbers = [row.epoch for row in epochs]
-        loss.plot(numbers, [row.loss for row in epochs], label=label)
-        accuracy.plot(numbers, [row.accuracy for row in epochs], label=label)
-    loss.set(ylabel="training loss", yscale="log")
-    accuracy.set(ylabel="test accuracy (%)")
-    accuracy.legend(loc="lower right")
-    staged = {label: epochs for label, epochs in runs.items() if any(row.stage for row in epochs)}
-    for epochs in staged.values():
-        _draw_limits(limits, epochs)
-        for axes in (loss, accuracy, limits):
-            _shade_stages(axes, epochs, named=axes is loss)
-    limits.set(ylabel="zero groups (%)", xlabel="epoch", ylim=(-3, 103))
+    rows = {
+        label: [
+            HistoryRow(label, 0, row.loss, row.epoch, row.accuracy, row.stage, row.sparsity / 100, row.bits, row.bound) for row in epochs
+        ]
+        for label, epochs in runs.items()
+    }
+    save_figure(path, curves_figure(rows, metric))
+
+
+def save_history(path: Path, history: Sequence[HistoryRow], score: str) -> None:
+    """Draw the rows of a run folder's history into the PNG file `path`, atomically; score: what to call the score, with its unit.
+
+    Raises GetaError when matplotlib is missing.
+    """
+    save_figure(path, curves_figure({name: [row for row in history if row.run == name] for name in ("dense", "compact")}, score))
+
+
+def save_figure(path: Path, figure: Figure) -> None:
+    """Write a figure as PNG, atomically; equal figures give equal bytes."""
     stream = io.BytesIO()
     figure.savefig(stream, format="png", dpi=120, metadata={"Software": "geta"})
     write_atomically(path, stream.getvalue())
 
 
-def _draw_limits(axes: Any, epochs: Sequence[Epoch]) -> None:
-    numbers = [row.epoch for row in epochs]
-    lines = axes.plot(numbers, [row.sparsity for row in epochs], color="tab:red", label="zero groups")
-    quantized = [row for row in epochs if row.bits is not None and row.bound is not None]
-    if quantized:
+def curves_figure(runs: Mapping[str, Sequence[HistoryRow]], score: str) -> Figure:
+    """Loss, score and limits over epochs, or over steps where a row has no epoch; runs: label -> its rows, empty ones are left out."""
+    known = {label: rows for label, rows in runs.items() if rows}
+    by_epoch = all(row.epoch is not None for rows in known.values() for row in rows)
+    figure = new_figure("drawing curves", (8, 9), "demo")
+    loss, scores, limits = figure.subplots(3, 1, sharex=True)
+    for label, rows in known.items():
+        loss.plot(*_points(rows, "loss", by_epoch), label=label)
+        scores.plot(*_points(rows, "score", by_epoch), label=label)
+    loss.set(ylabel="training loss", yscale="log")
+    scores.set(ylabel=score)
+    scores.legend(loc="lower right")
+    for rows in known.values():
+        if any(row.stage for row in rows):
+            _draw_limits(limits, rows, by_epoch)
+            spans = stage_spans([_place(row, by_epoch) for row in rows], [row.stage for row in rows])
+            for axes in (loss, scores, limits):
+                shade_stages(axes, spans, named=axes is loss)
+    limits.set(ylabel="zero groups (%)", xlabel="epoch" if by_epoch else "step", ylim=(-3, 103))
+    return figure
+
+
+def _place(row: HistoryRow, by_epoch: bool) -> float:
+    return float(row.epoch) if by_epoch and row.epoch is not None else float(row.step)
+
+
+def _points(rows: Sequence[HistoryRow], key: str, by_epoch: bool) -> tuple[list[float], list[float]]:
+    """Places and values of the rows in which the value is known."""
+    found = [row for row in rows if getattr(row, key) is not None]
+    return [_place(row, by_epoch) for row in found], [getattr(row, key) for row in found]
+
+
+def _draw_limits(axes: Any, rows: Sequence[HistoryRow], by_epoch: bool) -> None:
+    places, shares = _points(rows, "group_sparsity", by_epoch)
+    lines = axes.plot(places, [100 * share for share in shares], color="tab:red", label="zero groups")
+    if any(row.mean_weight_bits is not None and row.upper_bound is not None for row in rows):
         bits = axes.twinx()
-        numbers = [row.epoch for row in quantized]
-        lines += bits.plot(numbers, [row.bits for row in quantized], color="tab:green", label="mean weight bits")
-        lines += bits.plot(numbers, [row.bound for row in quantized], color="tab:green", linestyle=":", label="upper bound of the bits")
+        lines += bits.plot(*_points(rows, "mean_weight_bits", by_epoch), color="tab:green", label="mean weight bits")
+        lines += bits.plot(*_points(rows, "upper_bound", by_epoch), color="tab:green", linestyle=":", label="upper bound of the bits")
         bits.set(ylabel="bits", ylim=(0, None))
     axes.legend(handles=lines, loc="lower right")
-
-
-def _shade_stages(axes: Any, epochs: Sequence[Epoch], *, named: bool) -> None:
-    start = 0
-    for number, row in enumerate(epochs):
-        last = number == len(epochs) - 1
-        if last or epochs[number + 1].stage != row.stage:
-            axes.axvspan(start, row.epoch, color=_STAGE_COLOURS.get(row.stage, "white"), zorder=0, linewidth=0)
-            if named:
-                axes.text((start + row.epoch) / 2, 1.01, row.stage, transform=axes.get_xaxis_transform(), ha="center", size="small")
-            start = row.epoch

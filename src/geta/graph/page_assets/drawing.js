@@ -5,7 +5,16 @@ const BOX_W = 172, BOX_H = 42, ROW_H = 62;
 const LABEL_FONT = "600 11px system-ui, sans-serif";
 const ATTACHED = 1, INSERTED = 2;
 
-function isDark() { return matchMedia("(prefers-color-scheme: dark)").matches; }
+// A page that shows this one in a frame may set a theme of its own.
+function isDark() {
+  const theme = document.documentElement.dataset.theme;
+  return theme ? theme === "dark" : matchMedia("(prefers-color-scheme: dark)").matches;
+}
+
+function onTheme(act) {
+  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", act);
+  addEventListener("themechange", act);
+}
 
 // Neighbouring numbers get far-apart hues; three tones tell apart what the golden angle brings near again.
 function familyColour(place, dark = isDark()) {
@@ -33,7 +42,7 @@ class Drawing {
     this.edges = this.makeEdges();
     this.listen();
     new ResizeObserver(() => this.resize()).observe(canvas);
-    matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => { this.readColours(); this.redraw(); });
+    onTheme(() => { this.readColours(); this.redraw(); });
     this.readColours();
     this.resize();
   }

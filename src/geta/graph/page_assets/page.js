@@ -321,7 +321,7 @@ byId("drawing").addEventListener("keydown", (event) => {
   event.preventDefault();
 });
 document.addEventListener("keydown", (event) => { if (event.key === "Escape") clearAll(); });
-matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => {
+onTheme(() => {
   for (const mark of document.querySelectorAll(".chip[data-colour]")) mark.style.setProperty("--chip", familyColour(Number(mark.dataset.colour)));
 });
 showHead();
