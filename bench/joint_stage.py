@@ -25,7 +25,7 @@ from torch import nn
 
 import geta
 from geta.cli.demo_data import Digits, load_digits
-from geta.cli.demo_model import resnet20
+from geta.recipes.nets.resnet import resnet20
 from geta.cli.demo_run import accuracy
 from geta.optim import Forgetting
 from geta.report.files import prepare_folder

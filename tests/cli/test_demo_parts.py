@@ -12,7 +12,7 @@ from torch import nn
 
 import geta
 from geta.cli.demo_data import load_digits, shift
-from geta.cli.demo_model import ResNet, resnet20
+from geta.recipes.nets.resnet import ResNet, resnet20
 from geta.cli.demo_result import relative_difference
 from geta.cli.demo_settings import DemoSettings, parse_bits
 from geta.errors import ConfigError, GetaError

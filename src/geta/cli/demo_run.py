@@ -14,7 +14,7 @@ from torch import nn
 
 import geta
 from geta.cli.demo_data import Digits
-from geta.cli.demo_model import ResNet, resnet20
+from geta.recipes.nets.resnet import ResNet, resnet20
 from geta.cli.demo_settings import DemoSettings
 from geta.errors import GetaError
 from geta.optim import QASSO
