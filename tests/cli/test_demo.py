@@ -10,11 +10,11 @@ import sys
 
 import pytest
 import torch
+from geta.cli.demo_data import load_digits
 from PIL import Image
 
 import geta
 from geta.cli import demo_run
-from geta.cli.demo_data import load_digits
 from geta.cli.main import main
 
 EPOCHS = 2

@@ -8,14 +8,14 @@ from itertools import islice
 
 import pytest
 import torch
+from geta.cli.demo_data import load_digits, shift
+from geta.cli.demo_result import relative_difference
+from geta.cli.demo_settings import DemoSettings, parse_bits
 from torch import nn
 
 import geta
-from geta.cli.demo_data import load_digits, shift
-from geta.recipes.nets.resnet import ResNet, resnet20
-from geta.cli.demo_result import relative_difference
-from geta.cli.demo_settings import DemoSettings, parse_bits
 from geta.errors import ConfigError, GetaError
+from geta.recipes.nets.resnet import ResNet, resnet20
 
 
 def test_the_split_is_fixed_stratified_and_complete():

@@ -18,12 +18,12 @@ _STAGE_COLOURS = {"warm-up": "#f4f4f4", "projection": "#fdebd0", "joint": "#d6ea
 class Epoch:
     """One epoch of one run.
 
-    loss:     mean training loss. accuracy: on the test images, in percent.
+    epoch:    passes over the training data so far. loss: mean training loss. accuracy: on the test images, in percent, or another metric.
     stage:    of the optimizer, "" for a plain one. sparsity: share of the groups that are zero, in percent.
     bits:     mean bit width of the weight quantizers; bound: their current upper bound (None where there is none).
     """
 
-    epoch: int
+    epoch: float
     loss: float
     accuracy: float
     stage: str = ""
@@ -32,10 +32,10 @@ class Epoch:
     bound: float | None = None
 
 
-def save_curves(path: Path, runs: Mapping[str, Sequence[Epoch]]) -> None:
+def save_curves(path: Path, runs: Mapping[str, Sequence[Epoch]], *, metric: str = "test accuracy (%)") -> None:
     """Draw the epochs of every run into the PNG file `path`, atomically.
 
-    runs: label -> its epochs. Raises GetaError when matplotlib is missing.
+    runs: label -> its epochs. metric: what `accuracy` is, for the axis. Raises GetaError when matplotlib is missing.
     """
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -50,7 +50,7 @@ def save_curves(path: Path, runs: Mapping[str, Sequence[Epoch]]) -> None:
         loss.plot(numbers, [row.loss for row in epochs], label=label)
         accuracy.plot(numbers, [row.accuracy for row in epochs], label=label)
     loss.set(ylabel="training loss", yscale="log")
-    accuracy.set(ylabel="test accuracy (%)")
+    accuracy.set(ylabel=metric)
     accuracy.legend(loc="lower right")
     staged = {label: epochs for label, epochs in runs.items() if any(row.stage for row in epochs)}
     for epochs in staged.values():
@@ -77,7 +77,7 @@ def _draw_limits(axes: Any, epochs: Sequence[Epoch]) -> None:
 
 
 def _shade_stages(axes: Any, epochs: Sequence[Epoch], *, named: bool) -> None:
-    start = 0
+    start = 0.0
     for number, row in enumerate(epochs):
         last = number == len(epochs) - 1
         if last or epochs[number + 1].stage != row.stage:
