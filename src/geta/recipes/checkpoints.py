@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from geta.errors import CheckpointError, GetaError
+from geta.recipes.run_folder import resume_command
 
 _FORMAT, _KEPT = 1, 2
 _STATE, _DIGEST, _PARTIAL = "state.pt", "digest.json", ".partial-"
@@ -98,7 +99,10 @@ class Checkpoints:
             before = self._names()
             kept = f"the checkpoint before it ({before[-1]}) is whole" if before else "there is none before it"
             reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error).splitlines()[0]
-            raise GetaError(f"the checkpoint '{final}' can't be written ({reason}); {kept}. Is the disk full?") from error
+            raise GetaError(
+                f"the checkpoint '{final}' can't be written ({reason}); {kept}. Is the disk full? Make room, then go on: "
+                f"{resume_command(self.folder.parent)}"
+            ) from error
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
             raise
