@@ -15,7 +15,9 @@ from geta.recipes.read import check_recipe, parse_yaml
 def batches(count: int = 50, **train: object) -> Batches:
     raw = parse_yaml(RECIPE, "test")
     raw["train"] |= {"batch_size": 8, "augment": [], **train}
-    split = TensorSplit({"images": torch.arange(count, dtype=torch.float32)[:, None, None, None].expand(-1, 1, 4, 4), "labels": torch.arange(count)})
+    split = TensorSplit(
+        {"images": torch.arange(count, dtype=torch.float32)[:, None, None, None].expand(-1, 1, 4, 4), "labels": torch.arange(count)}
+    )
     return Batches(split, check_recipe(raw, "test").train)
 
 

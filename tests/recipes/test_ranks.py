@@ -17,7 +17,14 @@ from geta.recipes.run import run_recipe
 def test_two_processes_train_what_one_would(tmp_path):
     recipe = tmp_path / "tiny.yaml"
     recipe.write_text(RECIPE.replace("FOLDER", str(tmp_path / "two")))
-    overrides = ["model.options={dropout: 0.0, norm: false}", "train.augment=[]", "steps=16", "baseline=false", "accumulate=2", "clip_norm=1.0"]
+    overrides = [
+        "model.options={dropout: 0.0, norm: false}",
+        "train.augment=[]",
+        "steps=16",
+        "baseline=false",
+        "accumulate=2",
+        "clip_norm=1.0",
+    ]
     first, second = on_two_ranks(run_on_ranks, tmp_path / "meet", tmp_path / "meet", recipe, overrides)
     assert second == {}
     alone = run_recipe(read_recipe(recipe, [*overrides, f"output.folder={tmp_path / 'one'}"]))

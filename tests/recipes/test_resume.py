@@ -62,7 +62,11 @@ def test_interrupted_in_every_stage_and_resumed_it_is_the_same_run(recipe_file, 
     printed = capsys.readouterr().out
     assert f"geta compress --resume {cut}" in printed
     assert len(list((cut / "checkpoint").iterdir())) <= 2
-    for leg, step, number, code in (("compact", 3, signal.SIGTERM, 143), ("compact", 17, signal.SIGINT, 130), ("compact", 33, signal.SIGINT, 130)):
+    for leg, step, number, code in (
+        ("compact", 3, signal.SIGTERM, 143),
+        ("compact", 17, signal.SIGINT, 130),
+        ("compact", 33, signal.SIGINT, 130),
+    ):
         monkeypatch.undo()
         kill_after(monkeypatch, leg, step, number)
         assert main(["compress", "--resume", str(cut)]) == code

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import math
 import platform
 from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -18,10 +20,10 @@ from torch.nn.utils import parametrize
 
 import geta
 from geta.cost import Cost
-from geta.graph.names import canonical_name
 from geta.quant import FixedQuantizer, Quantizer
 from geta.quant.blocks import expanded
 from geta.quant.fixed_ops import effective_scale
+from geta.quant.targets import INPUT_QUANTIZER, OUTPUT_QUANTIZER
 from geta.recipes.evaluation import evaluate
 from geta.recipes.prepare import EXAMPLES, Job
 from geta.recipes.processes import Place
@@ -147,50 +149,51 @@ def latencies(job: Job, compact: CompactModel) -> dict[str, Any]:
     return found
 
 
+@dataclass
+class _Stored:
+    """What one module stores."""
+
+    params: int = 0
+    bytes: int = 0
+
+
 def costs_by_operation(job: Job, compact: CompactModel) -> dict[str, Any]:
     """`costs.json`: what every product costs per example, and what every module stores, in both networks.
 
     A module's parameters and bytes stand in its first row; modules that only store have a row with op "".
     """
-    cost, bits = compact.cost, compact.bits
-    dense = {canonical_name(name): (p.numel(), float(p.element_size())) for name, p in job.float_network().named_parameters()}
-    small: dict[str, tuple[int, float]] = {}
+    bits = compact.bits
+    dense: dict[str, _Stored] = {}
+    network = job.float_network()
+    for name, tensor in (*network.named_parameters(), *network.named_buffers()):
+        _add(dense, name, tensor, params=isinstance(tensor, nn.Parameter), width=8 * tensor.element_size())
+    small: dict[str, _Stored] = {}
     for name, tensor in compact.tensors().items():
-        own = name.removesuffix("_codes")
-        if own in bits and own != name:
-            small[own] = (tensor.numel(), bits[own] / 8.0)
-        elif isinstance(tensor, nn.Parameter):
-            small[name] = (tensor.numel(), float(tensor.element_size()))
-    return {
-        "dense": {"operations": _operations(job.cost, dense)},
-        "compact": {"operations": _operations(cost, small)},
-    }
+        weight = name.removesuffix("_codes")
+        coded = weight != name and weight in bits
+        of_quantizer = name.split(".")[-2:-1] in ([INPUT_QUANTIZER], [OUTPUT_QUANTIZER])
+        own = name.rpartition(".")[0] if of_quantizer else name
+        counted = coded or (isinstance(tensor, nn.Parameter) and not of_quantizer)
+        _add(small, own, tensor, params=counted, width=bits[weight] if coded else 8 * tensor.element_size())
+    return {"dense": {"operations": _operations(job.cost, dense)}, "compact": {"operations": _operations(compact.cost, small)}}
 
 
-def _operations(cost: Cost, stored: Mapping[str, tuple[int, float]]) -> list[dict[str, Any]]:
-    """stored: parameter -> (elements, bytes per element)."""
-    owned: dict[str, list[float]] = {}
-    for name, (elements, width) in stored.items():
-        sums = owned.setdefault(name.rpartition(".")[0], [0, 0.0])
-        sums[0] += elements
-        sums[1] += elements * width
-    found = []
+def _add(stored: dict[str, _Stored], name: str, tensor: torch.Tensor, *, params: bool, width: int) -> None:
+    """Count a tensor for the module that it belongs to. width: bits of an element."""
+    module = stored.setdefault(name.rpartition(".")[0], _Stored())
+    module.params += tensor.numel() if params else 0
+    module.bytes += math.ceil(tensor.numel() * width / 8)
+
+
+def _operations(cost: Cost, stored: dict[str, _Stored]) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = []
     for row in cost.per_op:
-        params, size = owned.pop(row.name, (0, 0.0))
-        found.append(
-            {
-                "name": row.name,
-                "op": row.op,
-                "macs": row.macs / EXAMPLES,
-                "bops": row.bops / EXAMPLES,
-                "params": int(params),
-                "bytes": round(size),
-                "weight_bits": row.weight_bits,
-                "activation_bits": row.activation_bits,
-            }
-        )
-    for name, (params, size) in owned.items():
-        found.append({"name": name, "op": "", "macs": 0.0, "bops": 0.0, "params": int(params), "bytes": round(size)})
+        here = stored.pop(row.name, _Stored())
+        counts = {"macs": row.macs / EXAMPLES, "bops": row.bops / EXAMPLES, "params": here.params, "bytes": here.bytes}
+        widths = {"weight_bits": row.weight_bits, "activation_bits": row.activation_bits}
+        found.append({"name": row.name, "op": row.op, **counts, **widths})
+    for name, here in stored.items():
+        found.append({"name": name, "op": "", "macs": 0.0, "bops": 0.0, "params": here.params, "bytes": here.bytes})
     return found
 
 
