@@ -138,6 +138,7 @@ def code_blocks(document: str) -> list[str]:
         "docs/latency.md",
         "docs/memory.md",
         "docs/optimizers.md",
+        "docs/recipes.md",
         "docs/transformers.md",
     ],
 )

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from recipe_nets import RECIPE
 
 from geta.errors import ConfigError
 from geta.recipes.batches import TensorSplit
 from geta.recipes.order import Batches, rows_in, seed_of, shuffled
 from geta.recipes.read import check_recipe, parse_yaml
+from recipe_nets import RECIPE
 
 
 def batches(count: int = 50, **train: object) -> Batches:

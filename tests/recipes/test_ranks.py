@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 
 import pytest
-from recipe_nets import RECIPE
-from recipe_ranks import run_on_ranks
-from two_ranks import on_two_ranks
 
 from geta.errors import ConfigError
 from geta.recipes.read import read_recipe
 from geta.recipes.run import run_recipe
+from recipe_nets import RECIPE
+from recipe_ranks import run_on_ranks
+from two_ranks import on_two_ranks
 
 
 def test_two_processes_train_what_one_would(tmp_path):

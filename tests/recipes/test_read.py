@@ -7,7 +7,6 @@ import sys
 
 import pytest
 import torch
-from recipe_nets import RECIPE
 from torch import nn
 
 from geta.errors import ConfigError
@@ -16,6 +15,7 @@ from geta.recipes.compress_settings import SurrogateSettings, read_bits
 from geta.recipes.read import check_recipe, full_key, parse_yaml, read_recipe, shipped_recipes, write_recipe
 from geta.recipes.recipe import Recipe
 from geta.recipes.train_settings import OptimizerSettings, ScheduleSettings
+from recipe_nets import RECIPE
 
 
 @pytest.fixture

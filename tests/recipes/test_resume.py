@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from recipe_nets import RECIPE
 from torch import nn
 
 import geta
@@ -22,6 +21,7 @@ from geta.recipes.read import read_recipe
 from geta.recipes.run import resume, run_recipe
 from geta.recipes.stopping import Interrupted
 from geta.recipes.training import Training
+from recipe_nets import RECIPE
 
 
 @pytest.fixture
@@ -111,7 +111,7 @@ def test_a_run_whose_process_died_goes_on_from_its_last_whole_checkpoint(recipe_
     assert history_of(tmp_path / "out") == []
     for path in folder.glob("*/state.pt"):
         path.write_bytes(b"")
-    with pytest.raises(CheckpointError, match="no checkpoint in .* is whole"):
+    with pytest.raises(CheckpointError, match=r"no checkpoint in .* is whole"):
         resume(tmp_path / "out")
 
 

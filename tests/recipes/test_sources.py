@@ -7,13 +7,13 @@ import types
 
 import pytest
 import torch
-from recipe_nets import Tiny
 from safetensors.torch import save_file
 from torch import nn
 
 from geta.errors import BadModelError, CheckpointError, ConfigError
 from geta.recipes.recipe import ModelSettings
 from geta.recipes.sources import build_model
+from recipe_nets import Tiny
 
 CONFIG = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8, "vocab_size": 11}
 

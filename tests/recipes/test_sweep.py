@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 
 import pytest
-from recipe_nets import RECIPE
 
 from geta.cli.main import main
 from geta.errors import ConfigError, GetaError
 from geta.recipes import sweep
 from geta.recipes.sweep import folder_name, parse_sweep, plan_sweep, run_sweep
+from recipe_nets import RECIPE
 
 
 @pytest.fixture
@@ -73,5 +73,5 @@ def test_all_values_are_checked_before_the_first_is_run(recipe_file, tmp_path):
         plan_sweep(recipe_file, [], "compress.sparsity", [0.5, 0.5])
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.txt").write_text("mine")
-    with pytest.raises(GetaError, match="'thesis.txt'"):
+    with pytest.raises(GetaError, match=r"'thesis\.txt'"):
         run_sweep(*plan_sweep(recipe_file, [], "compress.sparsity", [0.3, 0.5]), "compress.sparsity", [0.3, 0.5])
