@@ -77,7 +77,7 @@ def test_tensorboard_gets_the_numbers_or_is_asked_for(tmp_path, monkeypatch):
         run_recipe(read_recipe(tmp_path / "tiny.yaml", [*overrides, f"output.folder={tmp_path / 'other'}"]))
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_a_gpu_that_is_not_there_is_told():
+def test_a_gpu_that_is_not_there_is_told(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ConfigError, match="finds no GPU here"), joined("cuda", None):
         pass

@@ -82,6 +82,7 @@ def stopping_with_code(job: Callable[[], Result]) -> Result:
     try:
         return job()
     except Interrupted as error:
+        typer.echo(f"geta: {error}", err=True)
         raise typer.Exit(error.exit_code) from None
 
 

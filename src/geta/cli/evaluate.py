@@ -35,6 +35,8 @@ def evaluate_command(
     from geta.recipes.read import read_recipe
     from geta.recipes.run_folder import COMPACT, RECIPE
 
+    if not folder.is_dir():
+        raise ConfigError(f"there is no folder '{folder}': give a saved compact model, or the folder of a run")
     is_run = (folder / RECIPE).is_file()
     if config is None and not is_run:
         raise ConfigError(f"'{folder}' is no folder of a run, which would hold a {RECIPE}: say where data and task come from with --config")

@@ -43,6 +43,10 @@ class Leg:
         """The compressing optimizer's stage; "" for a plain one."""
         return str(self.optimizer.stage) if isinstance(self.optimizer, QASSO | HESSO | HESSOCRIC) else ""
 
+    def progress(self) -> dict[str, Any]:
+        """The compressing optimizer's `progress()`; nothing of a plain one. May wait for the device."""
+        return self.optimizer.progress() if isinstance(self.optimizer, QASSO | HESSO | HESSOCRIC) else {}
+
     @property
     def evaluated(self) -> bool:
         """Whether the history has a row of the present step."""
@@ -50,7 +54,7 @@ class Leg:
 
     def row(self, loss: float, score: float, steps_per_epoch: int) -> dict[str, Any]:
         """One row of the history: where the leg stands, with this mean loss and score."""
-        now = self.optimizer.progress() if isinstance(self.optimizer, QASSO | HESSO | HESSOCRIC) else {}
+        now = self.progress()
         epoch = round(self.step / steps_per_epoch, 4)
         return {
             "run": self.name,

@@ -21,6 +21,7 @@ from geta.recipes.compress_settings import CompressSettings, read_bits
 from geta.recipes.order import Batches
 from geta.recipes.processes import Place
 from geta.recipes.recipe import Recipe
+from geta.recipes.record import board_class
 from geta.recipes.sources import build_model
 from geta.recipes.tasks.task import Call, Task
 
@@ -75,6 +76,8 @@ def prepare(recipe: Recipe, place: Place) -> Job:
 
     Raises whatever these steps raise, before anything is trained.
     """
+    if recipe.output.tensorboard:
+        board_class()
     data, task = recipe.data.load(), recipe.task
     batches = Batches(data.train, recipe.train, place.rank, place.ranks)
     settings, steps = recipe.compress, batches.total_steps

@@ -40,24 +40,25 @@ class Record:
         """A row for people."""
         unit = f" {self.metric.unit}" if self.metric.unit else ""
         fields = {"epoch": f"{row['epoch']:g}", "loss": f"{row['loss']:.4f}", self.metric.name: f"{row['score']:.2f}{unit}"}
-        if row["stage"]:
-            fields |= {"stage": row["stage"], "zero groups": f"{row['group_sparsity']:.1%}"}
-        if row["mean_weight_bits"] is not None:
-            fields |= {"mean bits": f"{row['mean_weight_bits']:.2f}", "bound": f"{row['upper_bound']:.1f}"}
+        return fields | ({"stage": row["stage"], **self.constraints(row)} if row["stage"] else {})
+
+    @staticmethod
+    def constraints(now: Mapping[str, Any]) -> dict[str, str]:
+        """How far pruning and quantization have come, for people, from a row or from an optimizer's `progress()`."""
+        fields = {"zero groups": f"{now['group_sparsity']:.1%}"}
+        if now.get("mean_weight_bits") is not None:
+            fields |= {"mean bits": f"{now['mean_weight_bits']:.2f}", "bound": f"{now['upper_bound']:.1f}"}
         return fields
 
 
 @contextmanager
 def recording(folder: Path, recipe: Recipe, console: Console | None, *, first: bool, append: bool) -> Iterator[Record]:
-    """The record of a run. first: whether this process is the one that writes and talks; append: go on with the log that is there.
-
-    Raises ConfigError when TensorBoard is asked for and isn't installed.
-    """
+    """The record of a run. first: whether this process is the one that writes and talks; append: go on with the log that is there."""
     if not first:
         with open(os.devnull, "w", encoding="utf-8") as nowhere, RunLog(None, Console(file=nowhere)) as log:
             yield Record(folder, log, recipe.task.metric, writes=False)
         return
-    board = open_board(folder) if recipe.output.tensorboard else None
+    board = board_class()(str(folder / BOARD)) if recipe.output.tensorboard else None
     try:
         with RunLog(folder / LOG, console, append=append) as log:
             yield Record(folder, log, recipe.task.metric, board)
@@ -66,10 +67,10 @@ def recording(folder: Path, recipe: Recipe, console: Console | None, *, first: b
             board.close()
 
 
-def open_board(folder: Path) -> Any:
-    """TensorBoard's writer for a run. Raises ConfigError when it isn't installed."""
+def board_class() -> Any:
+    """TensorBoard's writer. Raises ConfigError when it isn't installed."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         raise ConfigError("output.tensorboard = true needs TensorBoard, which is not installed: pip install 'geta[tensorboard]'") from None
-    return SummaryWriter(str(folder / BOARD))
+    return SummaryWriter

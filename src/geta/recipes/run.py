@@ -21,7 +21,7 @@ from geta.recipes.checkpoints import Checkpoints
 from geta.recipes.leg import Leg
 from geta.recipes.measure import costs_by_operation, measure, result_table, versions
 from geta.recipes.prepare import Job, prepare
-from geta.recipes.processes import Place, joined, leave
+from geta.recipes.processes import joined, leave
 from geta.recipes.recipe import Recipe
 from geta.recipes.record import Record, recording
 from geta.recipes.run_folder import (
@@ -32,6 +32,7 @@ from geta.recipes.run_folder import (
     CURVES,
     ENVIRONMENT,
     RESULT,
+    check_free,
     claim,
     reopen,
     resume_command,
@@ -55,22 +56,23 @@ def run_recipe(recipe: Recipe, *, replace: bool = False, console: Console | None
     folder = Path(recipe.output.folder)
     with writing(folder), joined(recipe.train.device, recipe.train.threads) as place, stoppable() as stop:
         if place.first:
-            claim(folder, recipe, replace=replace)
-        return _run(recipe, folder, place, stop, console)
+            check_free(folder, replace=replace)
+        job = prepare(recipe, place)
+        if place.first:
+            claim(folder, recipe)
+        return _run(job, folder, stop, console)
 
 
 def resume(folder: Path, *, console: Console | None = None) -> dict[str, Any] | None:
     """Go on with the run in a folder, which ends as it would have without the interruption. Raises what `run_recipe` raises."""
     recipe = reopen(folder)
     with writing(folder), joined(recipe.train.device, recipe.train.threads) as place, stoppable() as stop:
-        return _run(recipe, folder, place, stop, console, resumed=True)
+        return _run(prepare(recipe, place), folder, stop, console, resumed=True)
 
 
-def _run(  # noqa: PLR0917 - what every part of a run needs
-    recipe: Recipe, folder: Path, place: Place, stop: Stop, console: Console | None, resumed: bool = False
-) -> dict[str, Any] | None:
+def _run(job: Job, folder: Path, stop: Stop, console: Console | None, *, resumed: bool = False) -> dict[str, Any] | None:
+    recipe, place = job.recipe, job.place
     with recording(folder, recipe, console, first=place.first, append=resumed) as record, saying_how_to_go_on(folder, record):
-        job = prepare(recipe, place)
         checkpoints = Checkpoints(folder / CHECKPOINT)
         legs = [Leg(1, "dense", job.dense, job.base_optimizer(job.dense))] if job.dense is not None else []
         legs.append(Leg(2, "compact", job.model, job.optimizer))

@@ -26,20 +26,27 @@ def resume_command(folder: Path) -> str:
     return f"geta compress --resume {shlex.quote(str(folder))}"
 
 
-def claim(folder: Path, recipe: Recipe, *, replace: bool = False) -> None:
-    """Make `folder` the folder of a new run of `recipe`.
+def check_free(folder: Path, *, replace: bool = False) -> None:
+    """Make sure that `folder` can become that of a new run, and be written.
 
-    replace: a run without a checkpoint or a complete one, and nothing else, may lie there; its files are removed.
+    replace: a complete run, and nothing else, may lie there.
 
-    Raises GetaError when the folder can't be written or holds anything; nothing in it is changed then.
+    Raises GetaError when the folder can't be written or holds anything; nothing in it is changed.
     """
     found = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
     if found:
         _refuse(folder, found, replace=replace)
     prepare_folder(folder)
-    for name in found:
+
+
+def claim(folder: Path, recipe: Recipe) -> None:
+    """Make `folder`, which `check_free` has looked at, that of a new run; an earlier run's files are removed."""
+    for name in sorted(OURS):
         path = folder / name
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
     write_atomically(folder / RECIPE, write_recipe(recipe).encode())
 
 

@@ -29,6 +29,8 @@ from geta.report.progress import Track
 
 _GPU_CHECKS_EVERY = 20
 """Steps between two looks at the loss where looking means waiting for the device."""
+_LIVE_SECONDS = 2.0
+"""Between two looks at groups and bits."""
 
 
 @dataclass
@@ -42,6 +44,7 @@ class Training:
     stop: Stop
     teacher: nn.Module | None = None
     _pending: list[Tensor] = field(default_factory=list, init=False)
+    _looked: float = field(default=0.0, init=False)
 
     def __post_init__(self) -> None:
         train, device = self.job.recipe.train, self.job.place.device
@@ -163,7 +166,13 @@ class Training:
             self.checkpoints.save(leg.number, leg.step, {"leg": leg.number, **leg.state()})
 
     def _now(self) -> dict[str, str]:
-        """What the live view shows between evaluations; nothing that waits for a device."""
+        """What the live view shows between evaluations; what waits for a device only now and then, and only where someone looks."""
         leg = self.leg
-        stage = {"stage": leg.stage} if leg.stage else {}
-        return {**stage, **({"loss": f"{leg.loss_sum / leg.losses:.4f}"} if leg.losses else {})}
+        found = {"loss": f"{leg.loss_sum / leg.losses:.4f}"} if leg.losses else {}
+        if not leg.stage:
+            return found
+        found = {"stage": leg.stage, **found}
+        if self.record.log.console.is_terminal and time.monotonic() - self._looked > _LIVE_SECONDS:
+            self._looked = time.monotonic()
+            found |= self.record.constraints(leg.progress())
+        return found
