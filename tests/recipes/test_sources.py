@@ -32,17 +32,19 @@ def test_factories_get_their_options_and_the_facts_they_have_parameters_for():
     ("source", "options", "error", "message"),
     [
         ("no_such_module:f", {}, ConfigError, "can't be imported"),
-        ("recipe_nets:Tinny", {}, ConfigError, "has no function or class 'Tinny'"),
+        ("recipe_nets:Tinny", {}, ConfigError, "has no function or class 'Tinny'; did you mean 'Tiny'"),
         ("recipe_nets:Tiny", {"width": 3}, ConfigError, r"model\.options\.width: .* it takes classes, channels"),
         ("recipe_nets:not_a_model", {}, BadModelError, "object of type str"),
         ("recipe_nets:broken", {}, BadModelError, "RuntimeError: no such file"),
         ("timm:no_such", {}, ConfigError, "timm"),
-        ("hf:no-such-type-here/x", {}, ConfigError, "no configuration or weights"),
+        ("hf:./no/such/folder", {}, ConfigError, r"there is no file or folder '\./no/such/folder'"),
+        ("hf:..", {}, ConfigError, "no configuration or weights"),
         ("hf:bert", {"class": "BertForNothing"}, ConfigError, "transformers has no such class"),
+        ("hf:bert", {"class": "BertForQuestionAnswerin"}, ConfigError, "did you mean 'BertForQuestionAnswering'"),
     ],
 )
-def test_sources_that_give_no_model(source, options, error, message, monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+def test_sources_that_give_no_model(source, options, error, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(error, match=message):
         build_model(settings(source, options=options), {})
 
@@ -54,11 +56,11 @@ def test_timm_gets_classes_and_channels(monkeypatch):
         made.update(arguments, name=name)
         return nn.Linear(1, 1)
 
-    fake = types.SimpleNamespace(is_model=lambda name: name == "vit", create_model=create_model)
+    fake = types.SimpleNamespace(is_model=lambda name: name == "vit", list_models=lambda: ["vit"], create_model=create_model)
     monkeypatch.setitem(sys.modules, "timm", fake)
     build_model(settings("timm:vit", options={"img_size": 32}), {"classes": 10, "channels": 3, "vocabulary": 5})
     assert made == {"name": "vit", "num_classes": 10, "in_chans": 3, "img_size": 32}
-    with pytest.raises(ConfigError, match="knows no model"):
+    with pytest.raises(ConfigError, match="did you mean 'vit'"):
         build_model(settings("timm:vitt"), {})
 
 

@@ -11,6 +11,7 @@ import torch.utils._pytree as pytree
 from torch import nn
 
 from geta.errors import BadModelError, ConfigError
+from geta.hints import did_you_mean
 from geta.recipes.sources import find_factory, timm_of, transformers_class, transformers_config, transformers_of
 
 _TEXT_LENGTH = 16
@@ -122,13 +123,16 @@ def _from_timm(name: str, input_shape: tuple[int, ...] | None) -> Target:
 def _from_transformers(what: str) -> Target:
     transformers = transformers_of(f"TARGET 'hf:{what}'")
     try:
-        config = transformers_config(transformers, what)
+        config = transformers_config(transformers, what, f"TARGET 'hf:{what}'")
         with torch.device("meta"):  # the analysis needs shapes only, so a 70B configuration takes no memory
             model = _built(transformers, config)
             return Target(model, (), _transformers_inputs(model))
+    except ConfigError:
+        raise
     except (OSError, ValueError, KeyError) as error:
         raise ConfigError(
             f"TARGET 'hf:{what}' is neither a readable configuration (file, folder, hub name) nor a model type with a default one: {error}"
+            f"{did_you_mean(what, transformers.CONFIG_MAPPING)}"
         ) from error
 
 

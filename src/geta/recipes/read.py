@@ -14,6 +14,7 @@ from typing import Annotated, Any, Union, get_args, get_origin
 from pydantic import BaseModel, ValidationError
 
 from geta.errors import ConfigError
+from geta.hints import did_you_mean
 from geta.recipes.recipe import VERSION, Recipe
 
 _MODEL_ERROR = "Value error, "
@@ -150,16 +151,16 @@ def _describe(error: Mapping[str, Any], raw: Mapping[str, Any]) -> str:
         return f"{key}: is missing"
     if kind == "extra_forbidden":
         known = _fields(_at(error["loc"][:-1]))
-        return f"{key} = {_short(error['input'])}: there is no such key{_meant(path[-1], known)}"
+        return f"{key} = {_short(error['input'])}: there is no such key{did_you_mean(path[-1], known)}"
     if kind == "union_tag_invalid":
         context = error["ctx"]
         known = re.findall(r"'([^']+)'", str(context["expected_tags"]))
-        return f"{key}.{str(context['discriminator']).strip(chr(39))} = {context['tag']!r}: is none of {', '.join(known)}" + _meant(
+        return f"{key}.{str(context['discriminator']).strip(chr(39))} = {context['tag']!r}: is none of {', '.join(known)}" + did_you_mean(
             str(context["tag"]), known
         )
     if kind == "literal_error":
         known = re.findall(r"'([^']+)'", str(error["ctx"]["expected"]))
-        return f"{key} = {_short(error['input'])}: {message}{_meant(str(error['input']), known) if known else ''}"
+        return f"{key} = {_short(error['input'])}: {message}{did_you_mean(str(error['input']), known) if known else ''}"
     if isinstance(error["input"], dict):
         return f"{key}: {message}"
     return f"{key} = {_short(error['input'])}: {message}"
@@ -203,11 +204,6 @@ def _models(annotation: Any) -> Iterable[type[BaseModel]]:
 
 def _fields(classes: Iterable[type[BaseModel]]) -> list[str]:
     return sorted({name for cls in classes for name in cls.model_fields})
-
-
-def _meant(found: str, known: Sequence[str]) -> str:
-    near = difflib.get_close_matches(found, known, n=1)
-    return f"; did you mean '{near[0]}'?" if near else ""
 
 
 def _short(value: Any) -> str:

@@ -15,6 +15,7 @@ from typing import Any
 from torch import nn
 
 from geta.errors import BadModelError, CheckpointError, ConfigError
+from geta.hints import did_you_mean
 from geta.recipes.recipe import ModelSettings
 
 _TIMM_FACTS = {"classes": "num_classes", "channels": "in_chans"}
@@ -54,13 +55,17 @@ def find_factory(text: str, what: str) -> Callable[..., Any]:
     try:
         module = importlib.import_module(module_name)
     except ImportError as error:
-        raise ConfigError(f"{what}: the module '{module_name}' can't be imported: {error}") from error
+        hint = did_you_mean(module_name, ("timm", "hf"))
+        raise ConfigError(f"{what}: the module '{module_name}' can't be imported: {error}{hint}") from error
+    except Exception as error:
+        raise BadModelError(f"{what}: importing '{module_name}' failed with {type(error).__name__}: {error}; correct it") from error
     finally:
         if added:
             sys.path.remove(here)
     factory = getattr(module, name, None)
     if not callable(factory):
-        raise ConfigError(f"{what}: the module '{module_name}' has no function or class '{name}'")
+        hint = did_you_mean(name, [known for known, value in vars(module).items() if callable(value)])
+        raise ConfigError(f"{what}: the module '{module_name}' has no function or class '{name}'{hint}")
     found: Callable[..., Any] = factory
     return found
 
@@ -72,7 +77,7 @@ def timm_of(name: str, what: str) -> Any:
     except (ImportError, RuntimeError) as error:  # a torchvision that was built for another torch raises RuntimeError
         raise ConfigError(f"{what} needs timm, which can't be imported here ({error}): pip install timm") from error
     if not timm.is_model(name):
-        raise ConfigError(f"{what}: timm knows no model of that name; timm.list_models() lists them")
+        raise ConfigError(f"{what}: timm knows no model of that name, timm.list_models() has them{did_you_mean(name, timm.list_models())}")
     return timm
 
 
@@ -85,8 +90,13 @@ def transformers_of(what: str) -> Any:
     return transformers
 
 
-def transformers_config(transformers: Any, name: str, **options: Any) -> Any:
-    """The configuration of a model type, a file, a folder or a name on the hub, without a cache among the outputs."""
+def transformers_config(transformers: Any, name: str, what: str, **options: Any) -> Any:
+    """The configuration of a model type, a file, a folder or a name on the hub, without a cache among the outputs.
+
+    Raises ConfigError for a path where there is nothing, which isn't worth a search on the hub.
+    """
+    if (name.startswith(("/", ".", "~")) or name.endswith(".json")) and not Path(name).exists():
+        raise ConfigError(f"{what}: there is no file or folder '{name}' (here is {Path.cwd()}); correct the path")
     if name in transformers.CONFIG_MAPPING:
         config = transformers.AutoConfig.for_model(name, **options)
     else:
@@ -131,7 +141,8 @@ def _from_factory(source: str, options: Mapping[str, Any], facts: Mapping[str, A
     open_ended = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
     unknown = [name for name in options if name not in parameters and not open_ended]
     if unknown:
-        raise ConfigError(f"model.options.{unknown[0]}: {source} has no such argument; it takes {', '.join(parameters) or 'none'}")
+        known = f"it takes {', '.join(parameters) or 'none'}{did_you_mean(unknown[0], parameters)}"
+        raise ConfigError(f"model.options.{unknown[0]}: {source} has no such argument; {known}")
     arguments = {name: value for name, value in facts.items() if name in parameters} | dict(options)
     try:
         made = factory(**arguments)
@@ -160,10 +171,12 @@ def _from_transformers(name: str, options: Mapping[str, Any]) -> nn.Module:
     settings = dict(options)
     wanted = settings.pop("class", None)
     try:
-        config = transformers_config(transformers, name, **settings)
+        config = transformers_config(transformers, name, what, **settings)
         cls = transformers_class(transformers, config) if wanted is None else getattr(transformers, str(wanted), None)
         if cls is None and wanted is not None:
-            raise ConfigError(f"model.options.class = {wanted!r}: transformers has no such class")
+            raise ConfigError(
+                f"model.options.class = {wanted!r}: transformers has no such class{did_you_mean(str(wanted), dir(transformers))}"
+            )
         cls = cls or transformers.AutoModel
         if name in transformers.CONFIG_MAPPING or Path(name).is_file() or (Path(name).is_dir() and not _has_weights(Path(name))):
             model = cls.from_config(config) if hasattr(cls, "from_config") else cls(config)
@@ -174,7 +187,7 @@ def _from_transformers(name: str, options: Mapping[str, Any]) -> nn.Module:
             raise
         raise ConfigError(
             f"{what}: no configuration or weights of that name can be read (a file, a folder with safetensors, a hub name, a model type): "
-            f"{error}"
+            f"{error}{did_you_mean(name, transformers.CONFIG_MAPPING)}"
         ) from error
     found: nn.Module = model.float()
     return found
