@@ -24,10 +24,9 @@ import torch.nn.functional as F
 from torch import nn
 
 import geta
-from geta.cli.demo_data import Digits, load_digits
-from geta.cli.demo_model import resnet20
-from geta.cli.demo_run import accuracy
+from bench.digits import Digits, accuracy, load_digits
 from geta.optim import Forgetting
+from geta.recipes.nets.resnet import resnet20
 from geta.report.files import prepare_folder
 
 from .facts import RESULTS, machine, recorded, spread, table, versions, written

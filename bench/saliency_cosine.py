@@ -24,8 +24,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import geta
+from bench.digits import Digits, load_digits
 from bench.facts import RESULTS, dated, machine, spread, table, versions
-from geta.cli.demo_data import Digits, load_digits
 from geta.optim import CRITERIA, GroupIndex, GroupStatistics, Saliency
 from geta.optim.saliency import DEFAULT_WEIGHTS, Criterion, group_statistics
 from geta.optim.selection import Selector

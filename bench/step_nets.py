@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from bench import joint_stage
-from geta.cli.demo_model import resnet20
+from geta.recipes.nets.resnet import resnet20
 
 _CLASSES = 10
 _VOCABULARY = 1024

@@ -16,8 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import geta
-from geta.cli.demo_data import load_digits
-from geta.cli.demo_run import accuracy
+from bench.digits import accuracy, load_digits
 
 from .facts import RESULTS
 from .joint_stage import vgg7

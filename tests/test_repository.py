@@ -16,6 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SOURCE = ROOT / "src" / "geta"
 ORDER = (
     "errors",
+    "hints",
     "seeding",
     "ranks",
     "devices",
@@ -139,6 +140,7 @@ def code_blocks(document: str) -> list[str]:
         "docs/memory.md",
         "docs/optimizers.md",
         "docs/report.md",
+        "docs/recipes.md",
         "docs/transformers.md",
     ],
 )

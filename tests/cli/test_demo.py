@@ -13,9 +13,12 @@ import torch
 from PIL import Image
 
 import geta
-from geta.cli import demo_run
-from geta.cli.demo_data import load_digits
+from geta.cli.demo import parse_bits
 from geta.cli.main import main
+from geta.errors import ConfigError
+from geta.recipes.data.digits import DigitsData
+from geta.recipes.run_folder import OURS
+from geta.recipes.training import Training
 
 EPOCHS = 2
 
@@ -30,7 +33,11 @@ def finished(tmp_path_factory):
 
 def test_all_files_are_there(finished):
     folder, _ = finished
-    assert sorted(path.name for path in folder.iterdir()) == ["compact", "curves.png", "log.txt", "result.json"]
+    names = {path.name for path in folder.iterdir()}
+    assert names >= {
+        "compact", "curves.png", "log.txt", "result.json", "recipe.yaml", "history.jsonl", "environment.json", "analysis.json", "costs.json"
+    }  # fmt: skip
+    assert names <= OURS - {"checkpoint"}
     with Image.open(folder / "curves.png") as image:
         assert image.format == "PNG"
 
@@ -59,10 +66,11 @@ def test_the_compact_network_is_the_trained_one(finished):
     assert record["max_rel_difference_float32"] <= 0.1
     assert record["reloaded_equal"] is True
     small = geta.load(folder / "compact").eval()
-    digits = load_digits()
+    test = DigitsData().load().test
+    batch = test.batch(range(len(test)))
     with torch.no_grad():
-        right = (small(digits.test_images).argmax(1) == digits.test_labels).float().mean()
-    assert 100 * float(right) == pytest.approx(record["accuracy"]["compact"])
+        right = (small(batch["images"]).argmax(1) == batch["labels"]).float().mean()
+    assert 100 * float(right) == pytest.approx(record["metric"]["compact"])
 
 
 def test_the_sizes_are_those_on_disk_and_small(finished):
@@ -74,28 +82,57 @@ def test_the_sizes_are_those_on_disk_and_small(finished):
     assert record["params"]["compact"] < record["params"]["dense"]
 
 
+def test_costs_by_operation_add_up(finished):
+    folder, record = finished
+    costs = json.loads((folder / "costs.json").read_text())
+    for network in ("dense", "compact"):
+        rows = costs[network]["operations"]
+        for key in ("macs", "bops", "params"):
+            assert sum(row[key] for row in rows) == pytest.approx(record[key][network])
+    assert sum(row["bytes"] for row in costs["compact"]["operations"]) == record["bytes"]["compact_weights"]
+    assert sum(row["bytes"] for row in costs["dense"]["operations"]) == record["bytes"]["dense_state_dict"]
+    assert {row["name"] for row in costs["dense"]["operations"]} >= {"conv1", "bn1", "stage1.0.conv1", "fc"}
+
+
 def test_the_log_has_every_epoch_and_the_table(finished):
     folder, _ = finished
     log = (folder / "log.txt").read_text()
-    assert all(log.count(f"epoch {number}/{EPOCHS}") == 2 for number in range(1, EPOCHS + 1))
-    for words in ("cool-down", "test accuracy", "on disk, bytes", "max |zeroed - compact|", "in floats"):
+    assert all(log.count(f"epoch {number}  ") == 2 for number in range(1, EPOCHS + 1))
+    for words in ("cool-down", "test accuracy", "on disk, bytes", "max |zeroed - compact|", "emulates every quantizer"):
         assert words in log
 
 
-def test_the_same_seed_gives_the_same_network_in_another_process(finished, tmp_path):
+def test_the_recipe_in_another_process_gives_the_demos_numbers(finished, tmp_path):
     folder, record = finished
-    arguments = ["demo", "--out", str(tmp_path), "--epochs", str(EPOCHS), "--seed", "3"]
+    arguments = ["compress", "digits", f"epochs={EPOCHS}", "seed=3", f"output.folder={tmp_path / 'digits'}", "latency=false", "--json"]
     code = f"from geta.cli.main import main; raise SystemExit(main({arguments}))"
-    subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "PYTHONHASHSEED": "17"}, stdout=subprocess.DEVNULL)
-    again = json.loads((tmp_path / "result.json").read_text())
-    assert again["accuracy"] == record["accuracy"]
+    environment = {**os.environ, "PYTHONHASHSEED": "17"}
+    done = subprocess.run([sys.executable, "-c", code], check=True, env=environment, capture_output=True, text=True)
+    again = json.loads(done.stdout)
+    assert again == json.loads((tmp_path / "digits" / "result.json").read_text())
+    other = ("seconds", "latency_ms")
+    assert {**again, **dict.fromkeys(other)} == {**record, **dict.fromkeys(other)}
     files = sorted(path.relative_to(folder) for path in (folder / "compact").rglob("*") if path.is_file())
     assert files
-    assert all((folder / name).read_bytes() == (tmp_path / name).read_bytes() for name in files)
+    assert all((folder / name).read_bytes() == (tmp_path / "digits" / name).read_bytes() for name in files)
+
+
+def test_a_complete_run_is_replaced_and_nothing_else(finished, tmp_path, capsys, monkeypatch):
+    def stop(*_):
+        raise RuntimeError("training began")
+
+    monkeypatch.setattr(Training, "run", stop)
+    (tmp_path / "result.json").write_text("{}")
+    assert main(["demo", "--out", str(tmp_path)]) == 1
+    assert "training began" in capsys.readouterr().err
+    assert not (tmp_path / "result.json").exists()
+    (tmp_path / "checkpoint" / "1-000000001").mkdir(parents=True)
+    assert main(["demo", "--out", str(tmp_path)]) == 1
+    assert f"geta compress --resume {tmp_path}" in capsys.readouterr().err
 
 
 def test_an_unwritable_folder_stops_the_run_before_it_starts(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(demo_run, "train_both", lambda *_: pytest.fail("training was started"))
+    monkeypatch.setattr(Training, "run", lambda *_: pytest.fail("training was started"))
     blocked = tmp_path / "file"
     blocked.write_text("")
     assert main(["demo", "--out", str(blocked)]) == 1
@@ -103,7 +140,7 @@ def test_an_unwritable_folder_stops_the_run_before_it_starts(tmp_path, capsys, m
 
 
 def test_a_folder_that_is_no_saved_model_stops_the_run_before_it_starts(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(demo_run, "train_both", lambda *_: pytest.fail("training was started"))
+    monkeypatch.setattr(Training, "run", lambda *_: pytest.fail("training was started"))
     (tmp_path / "compact").mkdir()
     (tmp_path / "compact" / "thesis.txt").write_text("mine")
     assert main(["demo", "--out", str(tmp_path)]) == 1
@@ -111,26 +148,25 @@ def test_a_folder_that_is_no_saved_model_stops_the_run_before_it_starts(tmp_path
     assert (tmp_path / "compact" / "thesis.txt").read_text() == "mine"
 
 
-def test_a_loss_that_is_not_finite_is_explained_and_the_log_stays(tmp_path, capsys, monkeypatch):
-    calls = iter([torch.tensor(1.0, requires_grad=True)] * 5 + [torch.tensor(float("nan"), requires_grad=True)])
-    monkeypatch.setattr(demo_run.F, "cross_entropy", lambda *_: next(calls))
-    monkeypatch.setattr(demo_run, "resnet20", TinyNet)
-    assert main(["demo", "--out", str(tmp_path), "--epochs", "2"]) == 1
-    message = capsys.readouterr().err
-    assert "the training loss became nan at step 5 of the dense network" in message
-    assert "log.txt" in message
-    assert "Lower the learning rate" in message
-    assert "became nan" in (tmp_path / "log.txt").read_text()
-    assert not (tmp_path / "result.json").exists()
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--epochs", "0"], "--epochs 0: "),
+        (["--sparsity", "1.5", "--epochs", "0"], "--sparsity 1.5: "),
+        (["--bits", "8,4"], "--bits [8, 4]: "),
+        (["--bits", "1,8"], "--bits [1, 8]: "),
+        (["--bits", "4,17"], "--bits [4, 17]: "),
+        (["--seed", "-1"], "--seed -1: "),
+    ],
+)
+def test_impossible_settings_are_named_by_their_options(options, message, capsys, tmp_path):
+    assert main(["demo", "--out", str(tmp_path), *options]) == 2
+    assert message in capsys.readouterr().err
 
 
-class TinyNet(torch.nn.Module):
-    """Small enough that a test of the messages takes no time."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv = torch.nn.Conv2d(1, 8, 3)
-        self.fc = torch.nn.Linear(8, 10)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.fc(torch.relu(self.conv(x)).mean(dim=(2, 3)))
+def test_bits_are_a_range_or_one_number():
+    assert parse_bits("4,8") == (4, 8)
+    assert parse_bits("6") == (6, 6)
+    for bad in ("", "4,", "a,b", "2,4,8"):
+        with pytest.raises(ConfigError, match="--bits"):
+            parse_bits(bad)

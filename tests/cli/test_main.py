@@ -50,8 +50,8 @@ def test_help_and_version(capsys):
         ["demo", "--bits", "four"],
         ["demo", "--seed", "-1"],
         ["analyze", "resnet"],
-        ["analyze", "geta.cli.demo_model:resnet20"],
-        ["analyze", "geta.cli.demo_model:resnet20", "--input-shape", "0"],
+        ["analyze", "geta.recipes.nets.resnet:resnet20"],
+        ["analyze", "geta.recipes.nets.resnet:resnet20", "--input-shape", "0"],
     ],
 )
 def test_bad_arguments_end_with_code_2_and_a_message(arguments, capsys, tmp_path, monkeypatch):
@@ -97,7 +97,7 @@ def test_an_interrupt_ends_with_code_130(factory):
 
 
 def test_wrong_example_inputs_are_a_failed_job(factory, capsys):
-    assert main(["analyze", "geta.cli.demo_model:resnet20", "--input-shape", "2,3,8,8"]) == 1
+    assert main(["analyze", "geta.recipes.nets.resnet:resnet20", "--input-shape", "2,3,8,8"]) == 1
     assert capsys.readouterr().err.startswith("geta: ")
 
 

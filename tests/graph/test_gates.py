@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import geta
-from geta.cli.demo_model import resnet20
+from geta.recipes.nets.resnet import resnet20
 
 IMAGES = (torch.randn(2, 3, 8, 8),)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 
 import pytest
 from rich.console import Console
@@ -32,9 +33,10 @@ def test_a_terminal_shows_a_bar_and_keeps_the_lines_for_the_log(tmp_path):
         track.advance({"loss": "1.0"})
         track.milestone({"epoch": "1/1"})
         track.advance({"loss": "0.25"})
-    assert "2/2" in stream.getvalue()
-    assert "loss 0.25" in stream.getvalue()
-    assert "epoch 1/1" not in stream.getvalue()
+    frames = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", stream.getvalue())
+    assert "2/2 steps, left" in frames
+    assert re.search(r"loss +epoch *\n +0\.25 +1/1", frames)
+    assert "dense  epoch 1/1" not in frames
     assert "dense  epoch 1/1" in (tmp_path / "log.txt").read_text()
 
 
@@ -56,3 +58,15 @@ def test_tables_go_to_both(tmp_path):
         log.show(table)
     assert "99 %" in stream.getvalue()
     assert "99 %" in (tmp_path / "log.txt").read_text()
+
+
+def test_a_log_is_gone_on_with_and_a_run_without_files_has_none(tmp_path):
+    console, stream = plain()
+    for _ in range(2):
+        with RunLog(tmp_path / "log.txt", console, append=True) as log, log.track("dense", 5, 3) as track:
+            track.milestone({"epoch": "1"})
+    assert (tmp_path / "log.txt").read_text().count("dense  epoch 1") == 2
+    with RunLog(None, console) as log:
+        log.note("heard")
+    assert stream.getvalue().endswith("heard\n")
+    assert [path.name for path in tmp_path.iterdir()] == ["log.txt"]

@@ -1,15 +1,15 @@
-"""`geta demo`: the main job on real data, from the training loop to the files of the compact network."""
+"""`geta demo`: the shipped recipe `digits`, with its commonest settings as options."""
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from geta.cli.compress import stopping_with_code
 from geta.cli.options import Debug
-from geta.errors import CheckpointError, GetaError
+from geta.errors import ConfigError
 
 
 def demo_command(
@@ -23,44 +23,50 @@ def demo_command(
 ) -> None:
     """Train a ResNet-20 on real handwritten digits twice, plainly and compressing itself, and compare the two.
 
-    Writes OUT/compact (the small network), result.json, curves.png and log.txt.
+    It is `geta compress digits` with these options as overrides. Writes OUT/compact (the small network), result.json, curves.png, log.txt
+    and the recipe. A complete run in OUT is replaced; an interrupted one goes on with `geta compress --resume OUT`.
+
+    Examples:
+
+        geta demo
+
+        geta demo --epochs 10 --sparsity 0.7 --bits 2,6 --out runs/narrow
     """
-    from geta.cli.demo_settings import DemoSettings, parse_bits
+    lower, upper = parse_bits(bits)
 
-    values = {"out": out, "epochs": epochs, "seed": seed, "sparsity": sparsity, "bits": parse_bits(bits)}
-    settings = DemoSettings.checked(values)
+    from geta.recipes.read import read_recipe
+    from geta.recipes.run import run_recipe
 
-    from geta.cli.demo_data import load_digits
-    from geta.cli.demo_result import measure, result_table
-    from geta.cli.demo_run import one_thread, train_both
-    from geta.report.curves import save_curves
-    from geta.report.files import prepare_folder, write_json
-    from geta.report.progress import RunLog
-
-    prepare_folder(settings.out)
-    refuse_foreign_folder(settings.out / "compact")
-    digits = load_digits()
-    start = time.monotonic()
-    with one_thread(), RunLog(settings.out / "log.txt") as log:
-        log.note(f"settings: {settings.model_dump_json()}", quiet=True)
-        trained = train_both(settings, digits, log)
-        record = measure(trained, settings, digits, time.monotonic() - start)
-        save_curves(settings.out / "curves.png", {"dense": trained.dense_epochs, "compact": trained.compact_epochs})
-        write_json(settings.out / "result.json", record)
-        log.show(result_table(record))
-        for note in trained.notes:
-            log.note(f"note: {note}")
-        log.note(f"{record['seconds']:.0f} seconds; files in {settings.out}: compact/, result.json, curves.png, log.txt")
+    try:
+        recipe = read_recipe(
+            "digits",
+            [
+                f"train.epochs={epochs}",
+                f"train.seed={seed}",
+                f"compress.sparsity={sparsity}",
+                f"compress.weight_bits=[{lower}, {upper}]",
+                f"output.folder={str(out)!r}",
+            ],
+        )
+    except ConfigError as error:
+        raise ConfigError(in_options(str(error))) from None
+    stopping_with_code(lambda: run_recipe(recipe, replace=True))
 
 
-def refuse_foreign_folder(folder: Path) -> None:
-    """Raise GetaError when `folder` exists and is no saved model, which a run that ends there would not be allowed to replace."""
-    import geta
+def in_options(message: str) -> str:
+    """A message about a recipe in the words of this command's options."""
+    names = {"train.epochs": "epochs", "train.seed": "seed", "compress.sparsity": "sparsity", "compress.weight_bits": "bits"}
+    for key, option in names.items():
+        message = message.replace(f"{key} = ", f"--{option} ")
+    return message.replace("recipe 'digits'", "geta demo")
 
-    if folder.exists():
-        try:
-            geta.load(folder)
-        except CheckpointError as error:
-            raise GetaError(
-                f"the small network can't be saved: {error}. Nothing was started: clear the folder or choose another --out"
-            ) from error
+
+def parse_bits(text: str) -> tuple[int, int]:
+    """Read `4,8` (a range) or `8` (exactly that); raises ConfigError for anything else."""
+    try:
+        numbers = [int(part) for part in text.split(",")]
+    except ValueError:
+        numbers = []
+    if len(numbers) not in (1, 2):
+        raise ConfigError(f"--bits '{text}' is no range of bit widths: write e.g. --bits 4,8, or --bits 8 for exactly 8 bits")
+    return numbers[0], numbers[-1]

@@ -12,7 +12,9 @@ import typer
 
 from geta.cli.analyze import analyze_command
 from geta.cli.bench import bench_command
+from geta.cli.compress import compress_command
 from geta.cli.demo import demo_command
+from geta.cli.evaluate import evaluate_command
 from geta.cli.export import export_command
 from geta.cli.inspect import inspect_command
 from geta.cli.latency import latency_command
@@ -29,6 +31,8 @@ app = typer.Typer(
 )
 app.command("demo")(demo_command)
 app.command("analyze")(analyze_command)
+app.command("compress")(compress_command)
+app.command("evaluate")(evaluate_command)
 app.command("inspect")(inspect_command)
 app.command("export")(export_command)
 app.command("bench")(bench_command)

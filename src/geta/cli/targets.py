@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import importlib
-import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +11,8 @@ import torch.utils._pytree as pytree
 from torch import nn
 
 from geta.errors import BadModelError, ConfigError
+from geta.hints import did_you_mean
+from geta.recipes.sources import find_factory, timm_of, transformers_class, transformers_config, transformers_of
 
 _TEXT_LENGTH = 16
 _BATCH = 2
@@ -78,20 +77,7 @@ def _is_text(leaf: torch.Tensor) -> bool:
 
 def _from_factory(module_name: str, factory_name: str, input_shape: tuple[int, ...] | None) -> Target:
     target = f"{module_name}:{factory_name}"
-    here = str(Path.cwd())
-    added = here not in sys.path
-    if added:
-        sys.path.insert(0, here)  # as `python -m` does: a factory usually lies in the folder the command is run from
-    try:
-        module = importlib.import_module(module_name)
-    except ImportError as error:
-        raise ConfigError(f"TARGET '{target}': the module '{module_name}' can't be imported: {error}") from error
-    finally:
-        if added:
-            sys.path.remove(here)
-    factory: Callable[[], Any] | None = getattr(module, factory_name, None)
-    if not callable(factory):
-        raise ConfigError(f"TARGET '{target}': the module '{module_name}' has no function or class '{factory_name}'")
+    factory = find_factory(target, f"TARGET '{target}'")
     try:
         made = factory()
     except Exception as error:
@@ -128,43 +114,31 @@ def _describe(found: object) -> str:
 
 
 def _from_timm(name: str, input_shape: tuple[int, ...] | None) -> Target:
-    try:
-        import timm
-    except (ImportError, RuntimeError) as error:  # a torchvision that was built for another torch raises RuntimeError
-        raise ConfigError(f"TARGET 'timm:{name}' needs timm, which can't be imported here ({error}): pip install timm") from error
-    if not timm.is_model(name):
-        raise ConfigError(f"TARGET 'timm:{name}': timm knows no model of that name; timm.list_models() lists them")
+    timm = timm_of(name, f"TARGET 'timm:{name}'")
     model = timm.create_model(name, pretrained=False)
     shape = input_shape or (_BATCH, *model.default_cfg["input_size"])
     return Target(model, (torch.randn(shape, generator=torch.Generator().manual_seed(0)),))
 
 
 def _from_transformers(what: str) -> Target:
+    transformers = transformers_of(f"TARGET 'hf:{what}'")
     try:
-        import transformers
-    except ImportError as error:
-        raise ConfigError(
-            f"TARGET 'hf:{what}' needs transformers, which can't be imported here ({error}): pip install 'geta[hf]'"
-        ) from error
-    try:
-        if what in transformers.CONFIG_MAPPING:
-            config = transformers.AutoConfig.for_model(what)
-        else:
-            config = transformers.AutoConfig.from_pretrained(what)
-        if hasattr(config, "use_cache"):
-            config.use_cache = False  # a cache object among the outputs is no part of the network
+        config = transformers_config(transformers, what, f"TARGET 'hf:{what}'")
         with torch.device("meta"):  # the analysis needs shapes only, so a 70B configuration takes no memory
             model = _built(transformers, config)
             return Target(model, (), _transformers_inputs(model))
+    except ConfigError:
+        raise
     except (OSError, ValueError, KeyError) as error:
         raise ConfigError(
             f"TARGET 'hf:{what}' is neither a readable configuration (file, folder, hub name) nor a model type with a default one: {error}"
+            f"{did_you_mean(what, transformers.CONFIG_MAPPING)}"
         ) from error
 
 
 def _built(transformers: Any, config: Any) -> Any:
-    """The class that the configuration names in `architectures` (a checkpoint's does, with its head); otherwise the bare network."""
-    named = getattr(transformers, (getattr(config, "architectures", None) or [""])[0], None)
+    """The class with its head where the configuration names one, otherwise the bare network."""
+    named = transformers_class(transformers, config)
     return transformers.AutoModel.from_config(config) if named is None else named._from_config(config)
 
 

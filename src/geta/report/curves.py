@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,38 +14,6 @@ from geta.report.run_records import HistoryRow
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-
-@dataclass(frozen=True)
-class Epoch:
-    """One epoch of one run.
-
-    epoch:    passes over the training data so far. loss: mean training loss. accuracy: on the test images, in percent, or another metric.
-    stage:    of the optimizer, "" for a plain one. sparsity: share of the groups that are zero, in percent.
-    bits:     mean bit width of the weight quantizers; bound: their current upper bound (None where there is none).
-    """
-
-    epoch: float
-    loss: float
-    accuracy: float
-    stage: str = ""
-    sparsity: float = 0.0
-    bits: float | None = None
-    bound: float | None = None
-
-
-def save_curves(path: Path, runs: Mapping[str, Sequence[Epoch]], *, metric: str = "test accuracy (%)") -> None:
-    """Draw the epochs of every run into the PNG file `path`, atomically.
-
-    runs: label -> its epochs. metric: what `accuracy` is, for the axis. Raises GetaError when matplotlib is missing.
-    """
-    rows = {
-        label: [
-            HistoryRow(label, 0, row.loss, row.epoch, row.accuracy, row.stage, row.sparsity / 100, row.bits, row.bound) for row in epochs
-        ]
-        for label, epochs in runs.items()
-    }
-    save_figure(path, curves_figure(rows, metric))
 
 
 def save_history(path: Path, history: Sequence[HistoryRow], score: str) -> None:

@@ -30,6 +30,11 @@ class Task(Protocol):
     """
 
     @property
+    def name(self) -> str:
+        """What recipes call it."""
+        ...
+
+    @property
     def metric(self) -> Metric: ...
 
     @property

@@ -1,4 +1,4 @@
-"""The network of the demo: the CIFAR ResNet of He et al. (arXiv 1512.03385, section 4.2), for images of any small size."""
+"""The CIFAR ResNet of He et al. (arXiv 1512.03385, section 4.2), for images of any small size."""
 
 from __future__ import annotations
 
@@ -59,5 +59,5 @@ class ResNet(nn.Module):
 
 
 def resnet20(classes: int = 10, channels: int = 1) -> ResNet:
-    """Build the 20-layer network of the demo; as a target: `geta analyze geta.cli.demo_model:resnet20 --input-shape 1,1,8,8`."""
+    """Build the 20-layer network of the demo; as a target: `geta analyze geta.recipes.nets.resnet:resnet20 --input-shape 1,1,8,8`."""
     return ResNet(3, classes, channels)

@@ -1,44 +1,33 @@
-"""The demo's data, network and settings."""
+"""The digits, their augmentation and network, and what counts as a difference."""
 
 from __future__ import annotations
 
 import copy
 import sys
-from itertools import islice
 
 import pytest
 import torch
 from torch import nn
 
 import geta
-from geta.cli.demo_data import load_digits, shift
-from geta.cli.demo_model import ResNet, resnet20
-from geta.cli.demo_result import relative_difference
-from geta.cli.demo_settings import DemoSettings, parse_bits
-from geta.errors import ConfigError, GetaError
+from geta.errors import GetaError
+from geta.quant import FixedBits
+from geta.recipes.augment_shift import Shift, shift
+from geta.recipes.data.digits import DigitsData
+from geta.recipes.measure import relative_difference
+from geta.recipes.nets.resnet import ResNet, resnet20
 
 
 def test_the_split_is_fixed_stratified_and_complete():
-    first, second = load_digits(), load_digits()
-    assert torch.equal(first.test_images, second.test_images)
-    assert (len(first.train_labels), len(first.test_labels)) == (1437, 360)
-    shares = torch.bincount(first.test_labels) / (torch.bincount(first.test_labels) + torch.bincount(first.train_labels))
+    first, second = DigitsData().load(), DigitsData().load()
+    train, test = (split.batch(range(len(split))) for split in (first.train, first.test))
+    assert torch.equal(test["images"], second.test.batch(range(360))["images"])
+    assert (len(first.train), len(first.test)) == (1437, 360)
+    shares = torch.bincount(test["labels"]) / (torch.bincount(test["labels"]) + torch.bincount(train["labels"]))
     assert (shares - 0.2).abs().max() < 0.01
-    every = torch.cat([first.train_images, first.test_images])
+    every = torch.cat([train["images"], test["images"]])
     assert every.shape == (1797, 1, 8, 8)
     assert (every.min(), every.max()) == (0.0, 1.0)
-
-
-def test_batches_depend_on_the_seed_alone():
-    digits = load_digits()
-    torch.manual_seed(1)
-    first = list(islice(digits.batches(64, seed=5), 30))
-    torch.manual_seed(2)
-    second = list(islice(digits.batches(64, seed=5), 30))
-    other = next(digits.batches(64, seed=6))
-    assert digits.steps_per_epoch(64) == 22
-    assert all(torch.equal(a[0], b[0]) and torch.equal(a[1], b[1]) for a, b in zip(first, second, strict=True))
-    assert not torch.equal(first[0][0], other[0])
 
 
 def test_shift_moves_whole_images_and_fills_with_zeros():
@@ -53,6 +42,8 @@ def test_shift_moves_whole_images_and_fills_with_zeros():
     found = {tuple(one.flatten().tolist()) for one in moved}
     assert found == set(expected)
     assert moved.is_contiguous()
+    batch = {"images": image, "labels": torch.tensor([7])}
+    assert Shift(most=1).apply(batch, torch.Generator().manual_seed(0))["labels"] is batch["labels"]
 
 
 @pytest.mark.parametrize(("blocks", "layers"), [(3, 20), (9, 56)])
@@ -70,32 +61,10 @@ def test_the_network_is_the_published_one():
     assert plain == 269_722
 
 
-def test_settings_name_every_problem_by_its_option():
-    with pytest.raises(ConfigError, match=r"--epochs 0: .*; --sparsity 1\.5: "):
-        DemoSettings.checked({"epochs": 0, "sparsity": 1.5})
-    with pytest.raises(ConfigError, match="--colour"):
-        DemoSettings.checked({"colour": "red"})
-    assert DemoSettings.checked({"bits": (2, 4)}).bits == (2, 4)
-
-
-@pytest.mark.parametrize("bits", [(8, 4), (1, 8), (4, 17)])
-def test_impossible_bits_are_refused(bits):
-    with pytest.raises(ConfigError, match="bits"):
-        DemoSettings.checked({"bits": bits})
-
-
-def test_bits_are_a_range_or_one_number():
-    assert parse_bits("4,8") == (4, 8)
-    assert parse_bits("6") == (6, 6)
-    for bad in ("", "4,", "a,b", "2,4,8"):
-        with pytest.raises(ConfigError, match="--bits"):
-            parse_bits(bad)
-
-
 def test_missing_scikit_learn_is_explained(monkeypatch):
     monkeypatch.setitem(sys.modules, "sklearn", None)
     with pytest.raises(GetaError, match=r"pip install 'geta\[demo\]'"):
-        load_digits()
+        DigitsData().load()
 
 
 def test_a_weight_on_a_rounding_boundary_does_not_count_as_a_difference(tmp_path):
@@ -113,5 +82,14 @@ def test_a_weight_on_a_rounding_boundary_does_not_count_as_a_difference(tmp_path
     anew = copy.deepcopy(model).double()(x.double())
     assert (anew - model(x)).abs().max() > step / 2
     before = model(x)
-    assert relative_difference(model, tmp_path / "compact", x, torch.float64) < 1e-12
+    assert relative_difference(model, tmp_path / "compact", ((x,), {}), torch.float64) < 1e-12
     assert torch.equal(model(x), before)  # the network itself is left alone
+
+
+@pytest.mark.parametrize("weights", [FixedBits(2), geta.Bits(4, 4)])
+def test_scales_per_block_are_compared_too(tmp_path, weights):
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(32, 6), nn.ReLU(), nn.Linear(6, 2)), torch.randn(5, 32)
+    geta.quantize(model, weights=weights, activations=None, granularity="group", group_size=8)
+    geta.compact(model, geta.analyze(model, (x[:2],))).save(tmp_path / "compact")
+    assert relative_difference(model, tmp_path / "compact", ((x,), {}), torch.float64) < 1e-6

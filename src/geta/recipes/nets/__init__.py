@@ -1,0 +1,1 @@
+"""Networks of shipped recipes, as plain PyTorch modules."""
