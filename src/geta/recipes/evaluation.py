@@ -26,12 +26,13 @@ def evaluate(model: nn.Module, task: Task, split: Split, size: int, place: Place
     if not len(split):
         raise ConfigError("the data's test split is empty: there is nothing to measure on")
     total: Tensor | None = None
+    count = ranks.count()  # not place.ranks: once the others have left, the first process looks at everything
     with mode_of(model, False):
         for number, rows in enumerate(rows_in(len(split), size)):
-            mine = number % place.ranks == place.rank
+            mine = count == 1 or number % count == place.rank
             if not mine and total is not None:
                 continue
-            if stop is not None and place.ranks == 1 and stop.requested:
+            if stop is not None and count == 1 and stop.requested:
                 return None
             batch = place.move(split.batch(rows))
             args, kwargs = task.call(batch)
