@@ -35,7 +35,7 @@ class NpzData(PictureSettings):
         """Read the file. Raises ConfigError for a name that isn't in it, GetaError for a damaged file."""
         file = existing_file(self.path, "an .npz file")
         try:
-            with np.load(file, allow_pickle=False) as arrays:
+            with file.open("rb") as stream, np.load(stream, allow_pickle=False) as arrays:
                 train, test = self._read(arrays, self.train, "train"), self._read(arrays, self.test, "test")
         except (OSError, ValueError, zipfile.BadZipFile, EOFError) as error:
             if isinstance(error, ConfigError):

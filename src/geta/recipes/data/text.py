@@ -21,7 +21,9 @@ from geta.recipes.settings import Settings
 
 
 class _Windows(Settings):
-    """context: tokens that a row predicts. tokenizer: "bytes", or a local tokenizer. most_bytes: of text per split; None = all.
+    """context: tokens that a row predicts. tokenizer: "bytes", or a tokenizer of transformers.
+
+    most_bytes, most_test_bytes: of text to train on and to test on; None = all.
 
     held_out: the share of the files that is for testing, spread evenly over them; of a single file, its last part.
     """
@@ -30,6 +32,7 @@ class _Windows(Settings):
     tokenizer: str = BYTES
     held_out: float = Field(default=0.1, gt=0.0, lt=1.0)
     most_bytes: int | None = Field(default=None, ge=1)
+    most_test_bytes: int | None = Field(default=None, ge=1)
 
     def _windows(self, train: list[str], test: list[str]) -> Data:
         tokens = Tokens(self.tokenizer)
@@ -39,7 +42,7 @@ class _Windows(Settings):
     def _split(self, texts: list[str], tokens: Tokens, part: str) -> WindowSplit:
         ids: list[Integers] = []
         widths: list[Integers] = []
-        left = self.most_bytes
+        left = self.most_bytes if part == "train" else self.most_test_bytes
         for text in texts:
             shown = text if left is None else text.encode()[:left].decode(errors="ignore")
             left = None if left is None else left - len(shown.encode()) - 1
