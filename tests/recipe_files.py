@@ -31,6 +31,20 @@ def image_folder(folder: Path, *, classes: int = 3, each: int = 4, size: int = 2
     return folder
 
 
+def image_masks(folder: Path, *, count: int = 3, size: int = 10) -> Path:
+    """Pictures and palette masks with classes 0 to 2, and 255 in the first row."""
+    for part in ("train", "test"):
+        for number in range(count):
+            picture(folder / part / "images" / f"{number}.jpg", size, size + 2, seed=number)
+            classes = noise(size, size + 2, seed=number) % 3
+            classes[0] = 255
+            mask = Image.fromarray(classes)
+            mask.putpalette(noise(768).tolist())
+            (folder / part / "masks").mkdir(exist_ok=True)
+            mask.save(folder / part / "masks" / f"{number}.png")
+    return folder
+
+
 def idx_bytes(array: np.ndarray) -> bytes:
     assert array.dtype == np.uint8
     return bytes((0, 0, 8, array.ndim)) + struct.pack(f">{array.ndim}I", *array.shape) + array.tobytes()

@@ -148,6 +148,22 @@ def test_pairs_are_tiles_or_whole_pictures_with_low_resolution_made_or_read(tmp_
         read.test.batch([0, 1])
 
 
+def test_masks_keep_their_class_numbers(tmp_path):
+    data = load("image-masks", path=recipe_files.image_masks(tmp_path), classes=3, size=10)
+    batch = data.train.batch([2, 0])
+    assert (batch["images"].shape, batch["labels"].shape, batch["labels"].dtype) == ((2, 3, 10, 10), (2, 10, 10), torch.int64)
+    wanted = torch.from_numpy(recipe_files.noise(10, 12, seed=2) % 3).long()[:, 1:11]
+    assert torch.equal(batch["labels"][0, 1:], wanted[1:])
+    assert batch["labels"][:, 0].unique().tolist() == [255]
+    enlarged = load("image-masks", path=tmp_path, classes=3, size=33).test.batch([1])["labels"]
+    assert set(enlarged.unique().tolist()) == {0, 1, 2, 255}
+    with pytest.raises(GetaError, match=r"2\.png' has the label 2, and data\.classes=2 are numbered from 0"):
+        load("image-masks", path=tmp_path, classes=2, size=10).train.batch([2])
+    recipe_files.picture(tmp_path / "test" / "masks" / "0.png", 10, 12)
+    with pytest.raises(GetaError, match=r"0\.png' is a picture of mode RGB"):
+        load("image-masks", path=tmp_path, classes=3, size=10).test.batch([0])
+
+
 def test_captions_of_one_picture_stay_in_one_split(tmp_path):
     data = load("captions", path=recipe_files.captions(tmp_path), size=8, length=12, split=0.3)
     assert (len(data.train), len(data.test)) == (8, 4)
@@ -318,6 +334,10 @@ BROKEN = {
         ),
         "lacks 0000.png, 0001.png",
     ),
+    "masks none": (
+        lambda f: case("image-masks", (recipe_files.image_masks(f) / "train" / "masks" / "1.png").unlink(), path=f, classes=3),
+        "has no mask for 1.jpg",
+    ),
     "captions none": (lambda f: case("captions", path=captions_with(f, "a.png,hello\n")), "has no captions"),
     "captions keys": (lambda f: case("captions", path=captions_with(f, "file,text\na.png,b\n")), "line 2 .* has no 'image' and 'caption'"),
     "captions picture": (
@@ -334,6 +354,30 @@ BROKEN = {
     "squad 2": (lambda f: case("squad", **squad_keys(f, SQUAD_2)), "'who.' has no answer, as in SQuAD 2.0"),
     "hub": (lambda f: case("hf", path=str(f), train="a.txt"), "the split 'a.txt' of .* can't be opened"),
 }
+
+
+FETCHED = {
+    "idx": lambda f: case("idx", path=recipe_files.idx(f)),
+    "image-folder": lambda f: case("image-folder", path=recipe_files.image_folder(f), size=8),
+    "image-masks": lambda f: case("image-masks", path=recipe_files.image_masks(f), classes=3, size=8),
+    "image-pairs": lambda f: case("image-pairs", path=recipe_files.image_pairs(f), crop=16),
+    "captions": lambda f: case("captions", path=recipe_files.captions(f), size=8, tokenizer=str(recipe_files.tokenizer(f / "t.json"))),
+    "choices": lambda f: case("choices", path=recipe_files.choices(f)),
+    "squad": lambda f: case("squad", path=recipe_files.squad(f), tokenizer=str(recipe_files.tokenizer(f / "t.json")), length=24, stride=8),
+    "text": lambda f: case("text", path=recipe_files.text(f), context=8),
+}
+
+
+@pytest.mark.parametrize("what", list(FETCHED))
+def test_another_process_fetches_the_same_batches(tmp_path, what):
+    source, keys = FETCHED[what](tmp_path)
+    data = load(source, **keys)
+    for split in (data.train, data.test):
+        here = split.batch([1, 0])
+        there = pickle.loads(pickle.dumps(split)).batch([1, 0])  # noqa: S301 - what processes that fetch batches are sent
+        assert here.keys() == there.keys()
+        assert all(torch.equal(here[name], there[name]) for name in here)
+        assert len({len(column) for column in here.values()}) == 1
 
 
 @pytest.mark.parametrize("what", list(BROKEN))

@@ -166,4 +166,4 @@ def test_the_real_model_of_an_imagenet_recipe(name):
     source = read(name)["model"]["source"].removeprefix("timm:")
     with torch.device("meta"):
         model = timm.create_model(source, num_classes=1000, in_chans=3)
-    assert geta.analyze(model, (torch.zeros(2, 3, 224, 224),)).num_groups > 100
+    assert geta.analyze(model, (torch.zeros(2, 3, 224, 224, device="meta"),)).num_groups > 100

@@ -13,6 +13,7 @@ from geta.recipes.data.digits import DigitsData
 from geta.recipes.data.hub import HubData
 from geta.recipes.data.idx import IdxData
 from geta.recipes.data.image_folder import ImageFolderData
+from geta.recipes.data.image_masks import ImageMasksData
 from geta.recipes.data.npz import NpzData
 from geta.recipes.data.patches import ImagePairsData, PicturesData
 from geta.recipes.data.python import PythonData
@@ -28,6 +29,7 @@ DataSettings = Annotated[
     | HubData
     | IdxData
     | ImageFolderData
+    | ImageMasksData
     | ImagePairsData
     | NpzData
     | PicturesData

@@ -14,7 +14,7 @@ from torch import Tensor
 from geta.errors import ConfigError, GetaError
 from geta.recipes.batches import Batch, Data
 from geta.recipes.data.files import PictureSettings, Scaling, padded
-from geta.recipes.data.pictures_on_disk import as_tensor, fitted
+from geta.recipes.data.pictures_on_disk import as_labels, as_tensor, fitted
 from geta.recipes.data.tokens import BYTES, Tokens
 
 _FILES = {".parquet": "parquet", ".csv": "csv", ".json": "json", ".jsonl": "json", ".arrow": "arrow"}
@@ -24,7 +24,8 @@ class HubData(PictureSettings):
     """A data set that `datasets` reads: a folder of `save_to_disk`, a folder with files, or a name on the hub.
 
     columns:   `column of a batch: column of the data set`; columns of pictures are decoded, resized and cut to `size` when fetched,
-               texts become ids [N, length] (and `COLUMN_mask`, 1 where there is a token), numbers stay.
+               a column `labels` of pictures becomes maps of classes [N, size, size], texts become ids [N, length] (and `COLUMN_mask`, 1
+               where there is a token), numbers stay.
     subset:    the configuration's name, for data sets that have several.
     train, test: names of the splits; for a folder with files, files in it (parquet, csv, json, jsonl, arrow).
     """
@@ -115,7 +116,7 @@ class HubSplit:
                 batch[column] = padded(ids, self.settings.length, self.tokens.padding)
                 batch[f"{column}_mask"] = padded([[1] * len(row) for row in ids], self.settings.length)
             elif hasattr(values[0], "resize"):
-                batch[column] = self._pictures(values)
+                batch[column] = self._label_maps(values) if column == "labels" else self._pictures(values)
             else:
                 batch[column] = self._numbers(column, values)
         return batch
@@ -125,6 +126,10 @@ class HubSplit:
         stacked = torch.stack([as_tensor(fitted(picture.convert(mode), size, size)) for picture in pictures])
         scaling: Scaling = self.settings.scaling
         return scaling(stacked)
+
+    def _label_maps(self, pictures: Sequence[Any]) -> Tensor:
+        size, what = self.settings.size, f"the column '{self.columns['labels']}'"
+        return torch.stack([as_labels(fitted(picture, size, size, labels=True), what) for picture in pictures])
 
     def _numbers(self, column: str, values: Sequence[Any]) -> Tensor:
         try:

@@ -85,7 +85,7 @@ class PicturesData(_Patches):
         """Find the pictures. Raises GetaError when scikit-image is missing, or brings other files."""
         found = importlib.util.find_spec("skimage")
         if found is None or found.origin is None:
-            raise GetaError("the pictures ship with scikit-image, which is not installed: pip install 'geta[recipes]'")
+            raise GetaError("the pictures ship with scikit-image, which is not installed: pip install 'geta[pictures]'")
         folder = Path(found.origin).parent / "data"
         missing = [name for name in (*_TRAIN, *_TEST) if not (folder / name).is_file()]
         if missing:

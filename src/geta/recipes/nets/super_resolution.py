@@ -69,7 +69,7 @@ class CARN(nn.Module):
 
 
 class SmallSuperResolution(nn.Module):
-    """Residual units, one pixel shuffle, and what they add to the picture enlarged by repeating pixels."""
+    """Residual units, one pixel shuffle, and what they add to the picture enlarged by bicubic interpolation."""
 
     def __init__(self, channels: int = 3, scale: int = 2, width: int = 32, units: int = 4) -> None:
         super().__init__()
@@ -81,6 +81,6 @@ class SmallSuperResolution(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Map pictures [N, channels, h, w] to [N, channels, scale h, scale w]."""
-        base = F.interpolate(images, scale_factor=float(self.scale), mode="nearest")
+        base = F.interpolate(images, scale_factor=float(self.scale), mode="bicubic", align_corners=False)
         enlarged: Tensor = base + self.shuffle(self.exit(self.body(F.relu(self.entry(images)))))
         return enlarged
