@@ -24,6 +24,13 @@ def load(source: str, **keys: Any) -> Data:
     return SETTINGS.validate_python({"source": source, **keys}).load()
 
 
+@pytest.fixture
+def own_cache(tmp_path_factory, monkeypatch):
+    """`datasets` keeps converted files: here, in a folder of the test."""
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
+
+
 def everything(split: Any) -> dict[str, torch.Tensor]:
     return split.batch(range(len(split)))
 
@@ -228,9 +235,7 @@ def test_data_sets_of_the_hub_from_disk(tmp_path):
     assert data.facts == {"channels": 3, "image_size": 8, "classes": 3}
 
 
-def test_a_file_of_texts_for_the_hub_source(tmp_path, monkeypatch):
-    datasets = pytest.importorskip("datasets")
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+def test_a_file_of_texts_for_the_hub_source(tmp_path, own_cache):
     (tmp_path / "rows.jsonl").write_text('{"sentence": "red", "label": 1}\n{"sentence": "a man", "label": 0}\n')
     keys = {"path": str(tmp_path), "train": "rows.jsonl", "test": "rows.jsonl", "length": 6}
     data = load("hf", columns={"tokens": "sentence", "labels": "label"}, **keys)
@@ -352,6 +357,24 @@ BROKEN = {
     "choices long": (lambda f: case("choices", path=recipe_files.choices(f), length=4), r"data\.length=4 is too short"),
     "squad shape": (lambda f: case("squad", **squad_keys(f, '{"data": [{}]}')), "isn't built like SQuAD 1.1 .*KeyError 'paragraphs'"),
     "squad 2": (lambda f: case("squad", **squad_keys(f, SQUAD_2)), "'who.' has no answer, as in SQuAD 2.0"),
+    "captions split": (
+        lambda f: case("captions", path=recipe_files.captions(f), test_file="captions.csv", split=0.5),
+        r"data\.split has no effect beside data\.test_file",
+    ),
+    "text held out": (
+        lambda f: case("text", path=recipe_files.text(f), test_path=f, held_out=0.5, context=8),
+        r"data\.held_out has no effect beside data\.test_path",
+    ),
+    "npz layout": (
+        lambda f: case("npz", np.savez(f / "a.npz", x=np.ones(3)), path=f / "a.npz", train={"t": "x"}, test={"t": "x"}, layout="NHWC"),
+        r"data\.layout has no effect",
+    ),
+    "hub size": (
+        lambda f: case(
+            "hf", (f / "a.jsonl").write_text('{"x": 1.5}'), path=str(f), train="a.jsonl", test="a.jsonl", columns={"x": "x"}, size=8
+        ),
+        r"data\.size has no effect: none of data\.columns holds pictures",
+    ),
     "hub": (lambda f: case("hf", path=str(f), train="a.txt"), "the split 'a.txt' of .* can't be opened"),
 }
 
@@ -381,7 +404,7 @@ def test_another_process_fetches_the_same_batches(tmp_path, what):
 
 
 @pytest.mark.parametrize("what", list(BROKEN))
-def test_what_is_missing_or_damaged_is_named(tmp_path, what):
+def test_what_is_missing_or_damaged_is_named(tmp_path, own_cache, what):
     make, message = BROKEN[what]
     source, keys = make(tmp_path)
     with pytest.raises(GetaError, match=message):
@@ -413,6 +436,12 @@ def test_a_damaged_picture_is_named_when_it_is_fetched(tmp_path):
 def test_impossible_settings_are_refused(keys, message):
     with pytest.raises(ValidationError, match=message):
         SETTINGS.validate_python(keys)
+
+
+def test_a_recipe_as_run_with_every_default_filled_in_loads_again(tmp_path):
+    settings = SETTINGS.validate_python({"source": "text", "path": recipe_files.text(tmp_path), "test_path": tmp_path, "context": 8})
+    filled_in = SETTINGS.validate_python(json.loads(settings.model_dump_json()))
+    assert len(filled_in.load().train) == len(settings.load().train)
 
 
 def test_settings_survive_being_written_down(tmp_path):

@@ -68,6 +68,7 @@ def test_regression(error, by_hand):
     assert float(job.loss(output, batch)) == by_hand
     assert job.score(job.tally(output, batch)) == pytest.approx(math.sqrt(2.5))
     assert not job.metric.higher_is_better
+    assert job.loss(output.bfloat16(), batch).dtype == torch.float32
     with pytest.raises(BadModelError, match=r"the model returns \(2, 3\), and the targets are \(2,\)"):
         job.loss(torch.zeros(2, 3), batch)
 

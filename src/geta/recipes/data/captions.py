@@ -30,7 +30,7 @@ class CaptionsData(PictureSettings):
 
     The file is CSV or TSV with a header that has `image` and `caption` (as Flickr8k's), or JSON lines with these keys. A row is a picture
     with one of its captions; the captions of one picture stay in one split. `test_file` names another file for testing; without it the
-    share `split` of the pictures is for testing, spread evenly over their names.
+    share `split` of the pictures (None = 0.1) is for testing, spread evenly over their names.
 
     Batches: `images` [N, channels, size, size], `tokens` [N, length], filled up with the tokenizer's padding or 0.
     """
@@ -40,7 +40,7 @@ class CaptionsData(PictureSettings):
     file: str = "captions.csv"
     test_file: str | None = None
     images: str = "images"
-    split: float = Field(default=0.1, gt=0.0, lt=1.0)
+    split: float | None = Field(default=None, gt=0.0, lt=1.0)
     size: int = Field(default=224, ge=1)
     channels: Literal[1, 3] = 3
     tokenizer: str = BYTES
@@ -54,11 +54,14 @@ class CaptionsData(PictureSettings):
         pairs = _captions(existing_file(self.path / self.file, "the file of captions"))
         if self.test_file is None:
             names = sorted({name for name, _ in pairs})
-            count = min(len(names) - 1, max(1, round(len(names) * self.split)))
+            share = 0.1 if self.split is None else self.split
+            count = min(len(names) - 1, max(1, round(len(names) * share)))
             held_out = {names[(2 * number + 1) * len(names) // (2 * count)] for number in range(count)}
             train, test = [pair for pair in pairs if pair[0] not in held_out], [pair for pair in pairs if pair[0] in held_out]
             if not test:
                 raise ConfigError(f"data: '{self.path / self.file}' names one picture only, and each split needs one")
+        elif self.split is not None:
+            raise ConfigError("data.split has no effect beside data.test_file; leave one of them out")
         else:
             train, test = pairs, _captions(existing_file(self.path / self.test_file, "the file of captions to test on"))
         facts = {"channels": self.channels, "image_size": self.size, "vocabulary": tokens.vocabulary, "context": self.length}

@@ -18,6 +18,7 @@ from geta.recipes.data.pictures_on_disk import as_labels, as_tensor, fitted
 from geta.recipes.data.tokens import BYTES, Tokens
 
 _FILES = {".parquet": "parquet", ".csv": "csv", ".json": "json", ".jsonl": "json", ".arrow": "arrow"}
+_SIZE, _LENGTH = 224, 128
 
 
 class HubData(PictureSettings):
@@ -28,6 +29,8 @@ class HubData(PictureSettings):
                where there is a token), numbers stay.
     subset:    the configuration's name, for data sets that have several.
     train, test: names of the splits; for a folder with files, files in it (parquet, csv, json, jsonl, arrow).
+    size, channels:    of pictures; None = 224 and 3.
+    tokenizer, length: of texts; None = "bytes" and 128.
     """
 
     source: Literal["hf"]
@@ -36,14 +39,14 @@ class HubData(PictureSettings):
     train: str = "train"
     test: str = "test"
     columns: dict[str, str] = Field(default={"images": "image", "labels": "label"}, min_length=1)
-    size: int = Field(default=224, ge=1)
-    channels: Literal[1, 3] = 3
-    tokenizer: str = BYTES
-    length: int = Field(default=128, ge=1)
+    size: int | None = Field(default=None, ge=1)
+    channels: Literal[1, 3] | None = None
+    tokenizer: str | None = None
+    length: int | None = Field(default=None, ge=1)
 
     def load(self) -> Data:
         """Open the data set. Raises GetaError without `datasets`, ConfigError for what it can't find."""
-        self.scaling.check(self.channels)
+        self.scaling.check(self.channels or 3)
         train, test = self._opened(self.train), self._opened(self.test)
         facts: dict[str, Any] = {}
         splits = [self._split(rows, name, facts) for rows, name in ((train, self.train), (test, self.test))]
@@ -83,11 +86,16 @@ class HubData(PictureSettings):
             raise GetaError(f"data: the split '{name}' of '{self.path}' is empty")
         first = rows[0]
         texts = {column for column, source in self.columns.items() if isinstance(first[source], str)}
-        tokens = Tokens(self.tokenizer) if texts else None
+        pictures = any(hasattr(first[source], "resize") for source in self.columns.values())
+        for kind, there, keys in (("pictures", pictures, ("size", "channels", "mean")), ("texts", bool(texts), ("tokenizer", "length"))):
+            idle = [key for key in keys if getattr(self, key) is not None and not there]
+            if idle:
+                raise ConfigError(f"data.{idle[0]} has no effect: none of data.columns holds {kind}; leave it out")
+        tokens = Tokens(self.tokenizer or BYTES) if texts else None
         if tokens is not None:
-            facts |= {"vocabulary": tokens.vocabulary, "context": self.length}
-        if any(hasattr(first[source], "resize") for source in self.columns.values()):
-            facts |= {"channels": self.channels, "image_size": self.size}
+            facts |= {"vocabulary": tokens.vocabulary, "context": self.length or _LENGTH}
+        if pictures:
+            facts |= {"channels": self.channels or 3, "image_size": self.size or _SIZE}
         labels = self.columns.get("labels")
         if labels is not None and isinstance(first[labels], int):
             facts["classes"] = max(facts.get("classes", 0), max(rows[labels]) + 1)
@@ -113,8 +121,9 @@ class HubSplit:
             values = found[source]
             if isinstance(values[0], str) and self.tokens is not None:
                 ids = [self.tokens.encode(text).ids.tolist() for text in values]
-                batch[column] = padded(ids, self.settings.length, self.tokens.padding)
-                batch[f"{column}_mask"] = padded([[1] * len(row) for row in ids], self.settings.length)
+                length = self.settings.length or _LENGTH
+                batch[column] = padded(ids, length, self.tokens.padding)
+                batch[f"{column}_mask"] = padded([[1] * len(row) for row in ids], length)
             elif hasattr(values[0], "resize"):
                 batch[column] = self._label_maps(values) if column == "labels" else self._pictures(values)
             else:
@@ -122,13 +131,13 @@ class HubSplit:
         return batch
 
     def _pictures(self, pictures: Sequence[Any]) -> Tensor:
-        size, mode = self.settings.size, "RGB" if self.settings.channels == 3 else "L"
+        size, mode = self.settings.size or _SIZE, "L" if self.settings.channels == 1 else "RGB"
         stacked = torch.stack([as_tensor(fitted(picture.convert(mode), size, size)) for picture in pictures])
         scaling: Scaling = self.settings.scaling
         return scaling(stacked)
 
     def _label_maps(self, pictures: Sequence[Any]) -> Tensor:
-        size, what = self.settings.size, f"the column '{self.columns['labels']}'"
+        size, what = self.settings.size or _SIZE, f"the column '{self.columns['labels']}'"
         return torch.stack([as_labels(fitted(picture, size, size, labels=True), what) for picture in pictures])
 
     def _numbers(self, column: str, values: Sequence[Any]) -> Tensor:

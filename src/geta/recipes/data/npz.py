@@ -21,15 +21,15 @@ Columns = dict[str, str]
 class NpzData(PictureSettings):
     """Arrays of one file, `train` and `test` as `column of a batch: name in the file`; object arrays (pickle) are refused.
 
-    Pictures are the column `images`: [N, H, W], [N, C, H, W] or, with `layout: NHWC`, [N, H, W, C]; uint8 ones are scaled to [0, 1].
-    Integers become int64, floats float32.
+    Pictures are the column `images`: [N, H, W], [N, C, H, W] or, with `layout: NHWC`, [N, H, W, C] (None = NCHW); uint8 ones are scaled to
+    [0, 1]. Integers become int64, floats float32.
     """
 
     source: Literal["npz"]
     path: LocalPath
     train: Columns = Field(default={"images": "x_train", "labels": "y_train"}, min_length=1)
     test: Columns = Field(default={"images": "x_test", "labels": "y_test"}, min_length=1)
-    layout: Literal["NCHW", "NHWC"] = "NCHW"
+    layout: Literal["NCHW", "NHWC"] | None = None
 
     def load(self) -> Data:
         """Read the file. Raises ConfigError for a name that isn't in it, GetaError for a damaged file."""
@@ -42,6 +42,8 @@ class NpzData(PictureSettings):
                 raise
             raise GetaError(f"data: '{file}' can't be read without pickle: {error}; write it with numpy.savez") from error
         facts: dict[str, Any] = {}
+        if self.layout is not None and "images" not in train:
+            raise ConfigError("data.layout has no effect without a column 'images'; leave it out")
         if "images" in train:
             self.scaling.check(train["images"].shape[1])
             facts |= {"channels": train["images"].shape[1], "image_size": train["images"].shape[-1]}

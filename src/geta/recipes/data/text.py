@@ -25,12 +25,12 @@ class _Windows(Settings):
 
     most_bytes, most_test_bytes: of text to train on and to test on; None = all.
 
-    held_out: the share of the files that is for testing, spread evenly over them; of a single file, its last part.
+    held_out: the share of the files that is for testing, spread evenly over them, None = 0.1; of a single file, its last part.
     """
 
     context: int = Field(default=256, ge=2)
     tokenizer: str = BYTES
-    held_out: float = Field(default=0.1, gt=0.0, lt=1.0)
+    held_out: float | None = Field(default=None, gt=0.0, lt=1.0)
     most_bytes: int | None = Field(default=None, ge=1)
     most_test_bytes: int | None = Field(default=None, ge=1)
 
@@ -60,10 +60,11 @@ class _Windows(Settings):
         return WindowSplit(joined, torch.from_numpy(np.concatenate(widths)).int(), self.context)
 
     def _divided(self, texts: list[str]) -> tuple[list[str], list[str]]:
+        share = 0.1 if self.held_out is None else self.held_out
         if len(texts) == 1:
-            cut = round(len(texts[0]) * (1.0 - self.held_out))
+            cut = round(len(texts[0]) * (1.0 - share))
             return [texts[0][:cut]], [texts[0][cut:]]
-        count = min(len(texts) - 1, max(1, round(len(texts) * self.held_out)))
+        count = min(len(texts) - 1, max(1, round(len(texts) * share)))
         chosen = {(2 * number + 1) * len(texts) // (2 * count) for number in range(count)}
         train = [text for row, text in enumerate(texts) if row not in chosen]
         return train, [text for row, text in enumerate(texts) if row in chosen]
@@ -86,7 +87,7 @@ class TextData(_Windows):
         texts = self._texts(self.path)
         if self.test_path is None:
             return self._windows(*self._divided(texts))
-        if "held_out" in self.model_fields_set:
+        if self.held_out is not None:
             raise ConfigError("data.held_out has no effect beside data.test_path; leave one of them out")
         return self._windows(texts, self._texts(self.test_path))
 

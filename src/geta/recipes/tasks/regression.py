@@ -56,4 +56,5 @@ class Regression(RowByRow):
             found = found.squeeze(-1)
         if found.shape != wanted.shape:
             raise BadModelError(f"task.name=regression: the model returns {tuple(found.shape)}, and the targets are {tuple(wanted.shape)}")
-        return found, wanted.to(found.dtype)
+        dtype = torch.promote_types(found.dtype, torch.float32)  # half precision is too coarse for the squares of small errors
+        return found.to(dtype), wanted.to(dtype)

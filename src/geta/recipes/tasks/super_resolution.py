@@ -66,4 +66,5 @@ class SuperResolution(RowByRow):
                 f"task.name=super-resolution: the model returns {tuple(found.shape)}, and the wanted pictures are {tuple(wanted.shape)}; "
                 "do data.scale and the model's scale agree?"
             )
-        return found, wanted.to(found.dtype)
+        dtype = torch.promote_types(found.dtype, torch.float32)  # half precision is too coarse for the squares of small errors
+        return found.to(dtype), wanted.to(dtype)
