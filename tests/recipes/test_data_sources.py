@@ -361,6 +361,10 @@ BROKEN = {
         lambda f: case("captions", path=recipe_files.captions(f), test_file="captions.csv", split=0.5),
         r"data\.split has no effect beside data\.test_file",
     ),
+    "text pattern": (
+        lambda f: case("text", (f / "a.txt").write_text("hello"), path=f / "a.txt", pattern="*.md"),
+        r"data\.pattern has no effect: .* is a file",
+    ),
     "text held out": (
         lambda f: case("text", path=recipe_files.text(f), test_path=f, held_out=0.5, context=8),
         r"data\.held_out has no effect beside data\.test_path",

@@ -32,7 +32,8 @@ class CaptionsData(PictureSettings):
     with one of its captions; the captions of one picture stay in one split. `test_file` names another file for testing; without it the
     share `split` of the pictures (None = 0.1) is for testing, spread evenly over their names.
 
-    Batches: `images` [N, channels, size, size], `tokens` [N, length], filled up with the tokenizer's padding or 0.
+    Batches: `images` [N, channels, size, size], `tokens` [N, length]: longer captions are cut, shorter
+    ones filled up with the tokenizer's padding or 0.
     """
 
     source: Literal["captions"]

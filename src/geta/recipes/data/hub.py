@@ -25,8 +25,8 @@ class HubData(PictureSettings):
     """A data set that `datasets` reads: a folder of `save_to_disk`, a folder with files, or a name on the hub.
 
     columns:   `column of a batch: column of the data set`; columns of pictures are decoded, resized and cut to `size` when fetched,
-               a column `labels` of pictures becomes maps of classes [N, size, size], texts become ids [N, length] (and `COLUMN_mask`, 1
-               where there is a token), numbers stay.
+               a column `labels` of pictures becomes maps of classes [N, size, size], texts become ids [N, length], cut or filled up (and
+               `COLUMN_mask`, 1 where there is a token), numbers stay.
     subset:    the configuration's name, for data sets that have several.
     train, test: names of the splits; for a folder with files, files in it (parquet, csv, json, jsonl, arrow).
     size, channels:    of pictures; None = 224 and 3.

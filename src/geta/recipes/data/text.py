@@ -71,7 +71,7 @@ class _Windows(Settings):
 
 
 class TextData(_Windows):
-    """A UTF-8 file, or all files `pattern` in a folder and the folders in it; `test_path` replaces what would be held out.
+    """A UTF-8 file, or all files `pattern` (None = "*.txt") in a folder and the folders in it; `test_path` replaces what would be held out.
 
     Rows are `tokens` [N, context + 1], one after the other, each beginning with the token that the row before ended with, so that every
     token but the first is predicted once; `bytes` [N] is how many bytes the predicted tokens stand for. A rest at the end is left out.
@@ -79,7 +79,7 @@ class TextData(_Windows):
 
     source: Literal["text"]
     path: LocalPath
-    pattern: str = "*.txt"
+    pattern: str | None = None
     test_path: LocalPath | None = None
 
     def load(self) -> Data:
@@ -93,10 +93,13 @@ class TextData(_Windows):
 
     def _texts(self, path: Path) -> list[str]:
         if path.is_file():
+            if self.pattern is not None:
+                raise ConfigError(f"data.pattern has no effect: '{path}' is a file; leave it out")
             return [read_text(path)]
-        files = sorted(file for file in path.rglob(self.pattern) if file.is_file()) if path.is_dir() else []
+        pattern = self.pattern or "*.txt"
+        files = sorted(file for file in path.rglob(pattern) if file.is_file()) if path.is_dir() else []
         if not files:
-            what = f"no file '{self.pattern}' in the folder '{path}'" if path.is_dir() else f"nothing at '{path}'"
+            what = f"no file '{pattern}' in the folder '{path}'" if path.is_dir() else f"nothing at '{path}'"
             raise ConfigError(f"data: there is {what}; set data.path to a text file or a folder of them, and data.pattern")
         return [read_text(file) for file in files]
 

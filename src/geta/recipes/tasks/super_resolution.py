@@ -23,7 +23,7 @@ class SuperResolution(RowByRow):
 
     `PSNR = -10 log10(mean((x - y)^2))` dB, where x is clamped to [0, 1] and rounded to 8 bits, `border` pixels on every side are left out,
     and with `channel: y` colors are turned into luma, `(65.481 R + 128.553 G + 24.966 B + 16) / 255` (ITU-R BT.601), as the literature
-    does. An exact picture counts as 100 dB.
+    does. Grey pictures are compared as they are. An exact picture counts as 100 dB.
 
     border: None = the scale. Test pictures that differ in size need `train.evaluation_batch: 1`.
     """
