@@ -132,6 +132,7 @@ def code_blocks(document: str) -> list[str]:
     [
         "README.md",
         "docs/custom-ops.md",
+        "docs/data-and-tasks.md",
         "docs/distributed.md",
         "docs/export.md",
         "docs/frameworks.md",

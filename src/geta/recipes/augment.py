@@ -11,6 +11,7 @@ from typing import Annotated
 from pydantic import Field
 
 from geta.recipes.augment_shift import Shift
+from geta.recipes.augmentations import Crop, Cutout, Flip, Mixup, RandomResizedCrop, Turn
 
-AugmentSettings = Annotated[Shift, Field()]
+AugmentSettings = Annotated[Crop | Cutout | Flip | Mixup | RandomResizedCrop | Shift | Turn, Field(discriminator="name")]
 """One entry of `train.augment`: which class it is follows from its `name`."""

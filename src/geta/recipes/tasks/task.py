@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from torch import Tensor
 
-from geta.errors import BadModelError
+from geta.errors import BadModelError, ConfigError
 from geta.recipes.batches import Batch
+from geta.recipes.settings import Settings
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 """Positional and named inputs of a model."""
+
+
+Inputs = tuple[str, ...] | dict[str, str]
+"""Columns of a batch that enter the model: in order, or as `argument of the model: column`."""
 
 
 @dataclass(frozen=True)
@@ -59,14 +65,42 @@ class Task(Protocol):
         ...
 
 
+class RowByRow(Settings):
+    """Settings of a task whose score doesn't depend on how the test rows are put into batches."""
+
+    @property
+    def evaluation_batch(self) -> int | None:
+        return None
+
+
+def column(batch: Batch, name: str, task: str) -> Tensor:
+    """A column of a batch. Raises ConfigError that says which columns there are when it isn't one of them."""
+    if name not in batch:
+        raise ConfigError(
+            f"task.name={task} needs the column '{name}', and the data gives {', '.join(batch)}; choose another data.source or task"
+        )
+    return batch[name]
+
+
+def call_with(batch: Batch, inputs: Inputs, task: str) -> Call:
+    """Columns of a batch as the inputs of a model. Raises ConfigError for a column that isn't there."""
+    if isinstance(inputs, Mapping):
+        return (), {argument: column(batch, name, task) for argument, name in inputs.items()}
+    return tuple(column(batch, name, task) for name in inputs), {}
+
+
 def logits_of(output: Any) -> Tensor:
     """The logits in what a model returned: a tensor, an object with `.logits`, or a dict with "logits".
 
     Raises BadModelError that says what came instead.
     """
-    if isinstance(output, Tensor):
-        return output
-    found = output.get("logits") if isinstance(output, dict) else getattr(output, "logits", None)
-    if not isinstance(found, Tensor):
+    found = output if isinstance(output, Tensor) else part_of(output, "logits")
+    if found is None:
         raise BadModelError(f"the task needs logits, and the model returns {type(output).__name__}: return a tensor, or `logits` in it")
     return found
+
+
+def part_of(output: Any, name: str) -> Tensor | None:
+    """The tensor called `name` in what a model returned (an attribute, or a key of a dict); None when there is none."""
+    found = output.get(name) if isinstance(output, Mapping) else getattr(output, name, None)
+    return found if isinstance(found, Tensor) else None
