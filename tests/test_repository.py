@@ -14,7 +14,22 @@ import geta
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCE = ROOT / "src" / "geta"
-ORDER = ("errors", "seeding", "ranks", "devices", "graph", "quant", "cost", "optim", "subnet", "export", "report", "integrations", "recipes", "cli")
+ORDER = (
+    "errors",
+    "seeding",
+    "ranks",
+    "devices",
+    "graph",
+    "quant",
+    "cost",
+    "optim",
+    "subnet",
+    "export",
+    "report",
+    "integrations",
+    "recipes",
+    "cli",
+)
 LONGEST_FILE = 500
 
 # A method of a lower part may reach up inside its body, so that `small.save(...)` reads well; each one is named here.

@@ -65,7 +65,7 @@ def test_the_search_path_is_left_as_it_was(factories):
         ("my_factories:four", None, BadModelError, r"a tuple \(Linear, tuple, dict, int\)"),
         ("hf:bert", (1, 3), ConfigError, "--input-shape has no effect"),
         ("hf:", None, ConfigError, "has no ':'"),
-        ("hf:./no/such/folder", None, ConfigError, "neither a readable configuration"),
+        ("hf:./no/such/folder", None, ConfigError, "there is no file or folder './no/such/folder'"),
         ("hf:wav2vec2", None, ConfigError, "main input is 'input_values'"),
     ],
 )
@@ -120,7 +120,11 @@ class FakeTimmModel(nn.Conv2d):
 
 @pytest.fixture
 def fake_timm(monkeypatch):
-    module = SimpleNamespace(is_model=lambda name: name == "tiny", create_model=lambda name, pretrained: FakeTimmModel(3, 2, 1))
+    module = SimpleNamespace(
+        is_model=lambda name: name == "tiny",
+        create_model=lambda name, pretrained: FakeTimmModel(3, 2, 1),
+        list_models=lambda: ["large", "tiny"],
+    )
     monkeypatch.setitem(sys.modules, "timm", module)
 
 
@@ -132,7 +136,7 @@ def test_timm_models_bring_their_input_size(shape, expected):
 
 @pytest.mark.usefixtures("fake_timm")
 def test_an_unknown_timm_name_is_explained():
-    with pytest.raises(ConfigError, match="timm knows no model of that name"):
+    with pytest.raises(ConfigError, match=r"timm knows no model of that name.*; did you mean 'tiny'\?"):
         resolve_target("timm:tyny")
 
 

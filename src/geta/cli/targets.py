@@ -13,6 +13,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import nn
 
+from geta.cli.hints import did_you_mean
 from geta.errors import BadModelError, ConfigError
 
 _TEXT_LENGTH = 16
@@ -85,13 +86,19 @@ def _from_factory(module_name: str, factory_name: str, input_shape: tuple[int, .
     try:
         module = importlib.import_module(module_name)
     except ImportError as error:
-        raise ConfigError(f"TARGET '{target}': the module '{module_name}' can't be imported: {error}") from error
+        hint = did_you_mean(module_name, ("timm", "hf"))
+        raise ConfigError(f"TARGET '{target}': the module '{module_name}' can't be imported: {error}{hint}") from error
+    except Exception as error:
+        raise BadModelError(
+            f"TARGET '{target}': importing '{module_name}' failed with {type(error).__name__}: {error}; correct it"
+        ) from error
     finally:
         if added:
             sys.path.remove(here)
     factory: Callable[[], Any] | None = getattr(module, factory_name, None)
     if not callable(factory):
-        raise ConfigError(f"TARGET '{target}': the module '{module_name}' has no function or class '{factory_name}'")
+        hint = did_you_mean(factory_name, [name for name, value in vars(module).items() if callable(value)])
+        raise ConfigError(f"TARGET '{target}': the module '{module_name}' has no function or class '{factory_name}'{hint}")
     try:
         made = factory()
     except Exception as error:
@@ -133,7 +140,9 @@ def _from_timm(name: str, input_shape: tuple[int, ...] | None) -> Target:
     except (ImportError, RuntimeError) as error:  # a torchvision that was built for another torch raises RuntimeError
         raise ConfigError(f"TARGET 'timm:{name}' needs timm, which can't be imported here ({error}): pip install timm") from error
     if not timm.is_model(name):
-        raise ConfigError(f"TARGET 'timm:{name}': timm knows no model of that name; timm.list_models() lists them")
+        raise ConfigError(
+            f"TARGET 'timm:{name}': timm knows no model of that name, timm.list_models() has them{did_you_mean(name, timm.list_models())}"
+        )
     model = timm.create_model(name, pretrained=False)
     shape = input_shape or (_BATCH, *model.default_cfg["input_size"])
     return Target(model, (torch.randn(shape, generator=torch.Generator().manual_seed(0)),))
@@ -146,6 +155,8 @@ def _from_transformers(what: str) -> Target:
         raise ConfigError(
             f"TARGET 'hf:{what}' needs transformers, which can't be imported here ({error}): pip install 'geta[hf]'"
         ) from error
+    if what.startswith(("/", ".", "~")) or what.endswith(".json"):
+        _check_file(what)
     try:
         if what in transformers.CONFIG_MAPPING:
             config = transformers.AutoConfig.for_model(what)
@@ -159,7 +170,14 @@ def _from_transformers(what: str) -> Target:
     except (OSError, ValueError, KeyError) as error:
         raise ConfigError(
             f"TARGET 'hf:{what}' is neither a readable configuration (file, folder, hub name) nor a model type with a default one: {error}"
+            f"{did_you_mean(what, transformers.CONFIG_MAPPING)}"
         ) from error
+
+
+def _check_file(what: str) -> None:
+    """What is a path and not there isn't worth a search on the hub."""
+    if not Path(what).exists():
+        raise ConfigError(f"TARGET 'hf:{what}': there is no file or folder '{what}' (here is {Path.cwd()}); correct the path")
 
 
 def _built(transformers: Any, config: Any) -> Any:

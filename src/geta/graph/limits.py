@@ -185,7 +185,9 @@ def restrict(families: Sequence[Family], limits: Limits) -> list[Family]:
     for word in limits.prune:
         if word not in units:
             known = "" if word in UNITS else f" (possible are {', '.join(UNITS)})"
-            raise ConfigError(f"prune names '{word}', but this model has families of {', '.join(units)}{known}")
+            close = difflib.get_close_matches(word, units, n=1, cutoff=0.6)
+            hint = f"; did you mean '{close[0]}'?" if close else ""
+            raise ConfigError(f"prune names '{word}', but this model has families of {', '.join(units)}{known}{hint}")
     allowed = ", ".join(limits.prune)
     return [
         family
