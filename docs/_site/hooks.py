@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
@@ -37,7 +38,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     return files
 
 
-def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:
     """Point links at where the files are in the site; what isn't in it (sources, examples) becomes the name of the file."""
     source = next((old for old, new in BESIDE.items() if new == page.file.src_uri), f"docs/{page.file.src_uri}")
     folder = (ROOT / source).parent
