@@ -16,6 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SOURCE = ROOT / "src" / "geta"
 ORDER = (
     "errors",
+    "hints",
     "seeding",
     "ranks",
     "devices",

@@ -77,7 +77,7 @@ def small(tmp_path_factory):
     return folder
 
 
-_TARGET = ["geta.cli.demo_model:resnet20", "--input-shape", "2,1,8,8"]
+_TARGET = ["nets_of_the_test:net", "--input-shape", "2,4"]
 RUNS = {
     "analyze": [*_TARGET, "--no-costs"],
     "inspect": ["SMALL"],
@@ -85,7 +85,7 @@ RUNS = {
     "export pt2": ["SMALL", "--format", "pt2", "--out", "OUT/a.pt2"],
     "export compressed-tensors": ["SMALL", "--format", "compressed-tensors", "--out", "OUT/packed"],
     "bench": ["SMALL", "--runtime", "eager", "--rounds", "2", "--batch", "1"],
-    "latency": ["nets_of_the_test:net", "--input-shape", "2,4", "--runtime", "eager", "--seconds", "0.1"],
+    "latency": [*_TARGET, "--runtime", "eager", "--seconds", "0.1"],
 }
 
 

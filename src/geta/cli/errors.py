@@ -10,8 +10,8 @@ from typing import Any
 
 import typer
 
-from geta.cli.hints import did_you_mean
 from geta.errors import ConfigError, GetaError
+from geta.hints import did_you_mean
 
 FAILED, BAD_ARGUMENTS, INTERRUPTED = 1, 2, 130
 

@@ -25,7 +25,7 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
     ),
     "bench": (
         "geta bench runs/demo/compact --batch 1 --batch 64",
-        "geta bench runs/demo/compact --dense geta.cli.demo_model:resnet20 --input-shape 1,1,8,8 --json times.json",
+        "geta bench runs/small --dense my_package.models:make_net --input-shape 1,3,224,224 --json times.json",
     ),
     "latency": (
         "geta latency timm:resnet18",

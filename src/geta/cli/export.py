@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from geta.cli.hints import choose
 from geta.cli.options import Debug
 from geta.cli.output import JsonFile, Output, check_outside
 from geta.errors import ConfigError
+from geta.hints import choose
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from geta.cli.analyze import parse_shape
-from geta.cli.hints import choose
 from geta.cli.options import Debug
 from geta.cli.output import JsonFile, Output, check_file
 from geta.errors import ConfigError
+from geta.hints import choose
 
 if TYPE_CHECKING:
     from geta.graph import DependencyGraph

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING
 
-from geta.cli.hints import did_you_mean
 from geta.errors import ConfigError
+from geta.hints import did_you_mean
 
 if TYPE_CHECKING:
     import torch

@@ -13,8 +13,8 @@ import torch
 import torch.utils._pytree as pytree
 from torch import nn
 
-from geta.cli.hints import did_you_mean
 from geta.errors import BadModelError, ConfigError
+from geta.hints import did_you_mean
 
 _TEXT_LENGTH = 16
 _BATCH = 2
