@@ -8,9 +8,10 @@ from __future__ import annotations
 import io
 import sys
 import traceback
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from geta.cli.analyze import analyze_command
 from geta.cli.bench import bench_command
@@ -22,8 +23,22 @@ from geta.cli.inspect import inspect_command
 from geta.cli.latency import latency_command
 from geta.cli.options import Debug, Session
 
+
+class _Commands(TyperGroup):
+    """Says that an interrupt was heard. A command that has more to say about it handles it and raises `typer.Exit(130)` itself."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command."""
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            typer.echo("geta: interrupted", err=True)
+            raise typer.Exit(INTERRUPTED) from None
+
+
 app = typer.Typer(
     name="geta",
+    cls=_Commands,
     help="Train a network once and get it back smaller: structured pruning and quantization in an ordinary training loop.",
     epilog="Exit codes: 0 done; 1 the job failed; 2 bad arguments or settings; 130 interrupted.",
     no_args_is_help=True,
@@ -67,10 +82,6 @@ def main(arguments: list[str] | None = None) -> int:
             traceback.print_exc()
         text, code = block(error) if given else (str(error), 2)  # without arguments the error's text is the help
         typer.echo(text, err=True)
-    except KeyboardInterrupt:
-        code = INTERRUPTED
-    if code == INTERRUPTED:
-        typer.echo("geta: interrupted", err=True)
     return code if isinstance(code, int) else 0
 
 
