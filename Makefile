@@ -42,9 +42,13 @@ help:  ## list the targets
 	$(PIP) -e '.[demo]' -c constraints.txt
 	@touch $@
 
+.venv/.stamp-docs: .venv/bin/python $(SPEC)
+	$(PIP) -e '.[docs]' -c constraints.txt
+	@touch $@
+
 .venv/.stamp-dev: .venv/bin/python $(SPEC)
 	$(PIP) -e '.[dev]' -c constraints.txt
-	@touch $@ .venv/.stamp-demo .venv/.stamp-core
+	@touch $@ .venv/.stamp-demo .venv/.stamp-docs .venv/.stamp-core
 
 # The zoo has an environment of its own: torchvision changes what `transformers` imports.
 .venv-zoo/.stamp: $(SPEC) zoo-constraints.txt
@@ -60,6 +64,9 @@ help:  ## list the targets
 
 demo: .venv/.stamp-demo  ## train a dense and a self-compressing network on real digits, compare them (DEMO_ARGS="--epochs 20")
 	$(BIN)/geta demo $(DEMO_ARGS)
+
+docs: .venv/.stamp-docs  ## the documentation site, into site/; look at it with `python -m http.server -d site`
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 test: export OMP_NUM_THREADS = 1
 test: .venv/.stamp-dev  ## run all tests

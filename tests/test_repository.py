@@ -127,35 +127,19 @@ def code_blocks(document: str) -> list[str]:
     return re.findall(r"^```python\n(.*?)^```", (ROOT / document).read_text(), flags=re.MULTILINE | re.DOTALL)
 
 
-@pytest.mark.parametrize(
-    "document",
-    [
-        "README.md",
-        "docs/custom-ops.md",
-        "docs/data-and-tasks.md",
-        "docs/distributed.md",
-        "docs/export.md",
-        "docs/frameworks.md",
-        "docs/how-it-works.md",
-        "docs/latency.md",
-        "docs/memory.md",
-        "docs/optimizers.md",
-        "docs/report.md",
-        "docs/recipes.md",
-        "docs/transformers.md",
-    ],
-)
+PAGES = ["README.md", *(str(path.relative_to(ROOT)) for path in sorted((ROOT / "docs").rglob("*.md")))]
+
+
+@pytest.mark.parametrize("document", [page for page in PAGES if code_blocks(page)])
 def test_code_in_the_documentation_runs(document, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    blocks = code_blocks(document)
-    assert blocks
     names: dict[str, object] = {}
-    for block in blocks:
+    for block in code_blocks(document):
         exec(compile(block, document, "exec"), names)  # noqa: S102
 
 
 def test_documented_files_exist():
-    for document in ("README.md", "CONTRIBUTING.md", *(str(path.relative_to(ROOT)) for path in sorted((ROOT / "docs").glob("*.md")))):
+    for document in (*PAGES, "CONTRIBUTING.md"):
         folder = (ROOT / document).parent
         links = re.findall(r"\]\((?!https?://|#)([^)#]+)", (ROOT / document).read_text())
         assert [link for link in links if not (folder / link).exists()] == [], document

@@ -69,5 +69,5 @@ def test_what_is_wrong_is_said_once(folder, arguments, code, message, capsys):
 def test_shipped_recipes_are_listed(capsys):
     assert main(["compress", "--list"]) == 0
     assert "digits" in capsys.readouterr().out
-    assert main(["compress", "--list", "--json"]) == 0
+    assert main(["compress", "--list", "--json", "-"]) == 0
     assert json.loads(capsys.readouterr().out)["digits"]["task"] == {"name": "classification"}

@@ -104,7 +104,7 @@ def test_the_log_has_every_epoch_and_the_table(finished):
 
 def test_the_recipe_in_another_process_gives_the_demos_numbers(finished, tmp_path):
     folder, record = finished
-    arguments = ["compress", "digits", f"epochs={EPOCHS}", "seed=3", f"output.folder={tmp_path / 'digits'}", "latency=false", "--json"]
+    arguments = ["compress", "digits", f"epochs={EPOCHS}", "seed=3", f"output.folder={tmp_path / 'digits'}", "latency=false", "--json", "-"]
     code = f"from geta.cli.main import main; raise SystemExit(main({arguments}))"
     environment = {**os.environ, "PYTHONHASHSEED": "17"}
     done = subprocess.run([sys.executable, "-c", code], check=True, env=environment, capture_output=True, text=True)

@@ -22,7 +22,7 @@ def recipe_file(tmp_path):
 
 def test_a_sweep_runs_each_value_once(recipe_file, tmp_path, capsys, monkeypatch):
     out = tmp_path / "out"
-    arguments = ["compress", str(recipe_file), "baseline=false", "--sweep", "sparsity=0.25,0.5", "--json"]
+    arguments = ["compress", str(recipe_file), "baseline=false", "--sweep", "sparsity=0.25,0.5", "--json", "-"]
     assert main(arguments) == 0
     found = json.loads(capsys.readouterr().out)
     assert found == json.loads((out / "sweep.json").read_text())

@@ -245,7 +245,7 @@ def test_the_command_prints_the_families_and_writes_the_table(options, tmp_path,
     [
         (["--multiple-of", "avx512"], "did you mean 'avx512-vnni'"),
         (["--multiple-of", "0"], "at least 1"),
-        (["--runtime", "tvm"], "known are 'onnx'"),
+        (["--runtime", "tvm"], "--runtime 'tvm' is unknown: write one of onnx, eager"),
     ],
 )
 def test_mistakes_on_the_command_line_are_readable(options, words, capsys):

@@ -181,7 +181,7 @@ def test_the_command_writes_where_it_is_told(complete, tmp_path, capsys):
     assert main(["report", str(complete), "--out", str(tmp_path / "new" / "a.html")]) == 0
     assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["a.html", "a.json", "a.md"]
     assert capsys.readouterr().out.count("wrote ") == 3
-    assert main(["report", str(complete), "--json"]) == 0
+    assert main(["report", str(complete), "--json", "-"]) == 0
     assert json.loads(capsys.readouterr().out) == json.loads((complete / "report.json").read_text())
 
 
@@ -215,7 +215,7 @@ def test_two_runs_side_by_side(swept, tmp_path, capsys):
     assert record["kind"] == "comparison"
     assert {"key": "compress.sparsity", "values": {"sparsity=0.3": 0.3, "sparsity=0.7": 0.7}} in record["differing"]
     capsys.readouterr()
-    assert main(["report", *map(str, folders), "--json"]) == 0
+    assert main(["report", *map(str, folders), "--out", str(tmp_path / "ab.html"), "--json", "-"]) == 0
     assert json.loads(capsys.readouterr().out) == record
 
 

@@ -90,7 +90,7 @@ def test_the_command_refuses_what_makes_no_sense(small, tmp_path, capsys):
     assert main(["bench", str(tmp_path / "small"), "--input-shape", "1,3,8,8"]) == 2
     assert "--input-shape is about the network of --dense" in capsys.readouterr().err
     assert main(["bench", str(tmp_path / "small"), "--runtime", "tensorrt"]) == 2
-    assert "unknown runtime 'tensorrt'" in capsys.readouterr().err
+    assert "--runtime 'tensorrt' is unknown: write one of eager, compile, onnx, openvino" in capsys.readouterr().err
 
 
 def test_percentiles():

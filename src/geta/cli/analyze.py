@@ -9,6 +9,7 @@ import typer
 
 from geta.cli.memory import MemoryOptions
 from geta.cli.options import Debug
+from geta.cli.output import JsonFile, Output, check_file
 from geta.errors import BadModelError, ConfigError, UnsupportedOpError
 
 if TYPE_CHECKING:
@@ -59,7 +60,7 @@ def analyze_command(  # noqa: PLR0913 - one parameter per option
     target: Annotated[str, typer.Argument(help="python.path:factory, timm:NAME or hf:CONFIG_OR_PATH.", show_default=False)],
     input_shape: Annotated[str | None, typer.Option(help="Shape of one random input, batch first, e.g. 1,3,224,224.")] = None,
     html: Annotated[Path | None, typer.Option(help="Write one self-contained page with the graph and its families here.")] = None,
-    json: Annotated[Path | None, typer.Option(help="Write the families to this JSON file as well.")] = None,
+    json: JsonFile = None,
     protect: Annotated[list[str] | None, typer.Option(help="Glob of tensors or modules that keep their shapes; repeatable.")] = None,
     only: Annotated[list[str] | None, typer.Option(help="Prune these units alone, e.g. heads or channels; repeatable.")] = None,
     granularity: Annotated[list[str] | None, typer.Option(help="head, head_dim, group or channel, or GLOB=head_dim; repeatable.")] = None,
@@ -92,25 +93,21 @@ def analyze_command(  # noqa: PLR0913 - one parameter per option
 
     import geta
     from geta.cli.targets import resolve_target
-    from geta.report.files import prepare_folder, write_atomically
 
-    for file in (html, json):
-        if file is not None:
-            prepare_folder(file.parent)
+    check_file(html, "--html")
+    output = Output(json)
     found = resolve_target(target, shape)
     graph = geta.analyze(
         found.model, found.args, found.kwargs, exact=not inexact, protect=protect or (), prune=only or None, granularity=wanted
     )
-    typer.echo(str(graph))
+    output.line(str(graph))
     if costs:
-        typer.echo(f"\n{costs_in_words(graph)}")
+        output.line(f"\n{costs_in_words(graph)}")
     if memory:
-        typer.echo(f"\n{training.plan(graph, found)}")
+        output.line(f"\n{training.plan(graph, found)}")
     for question in questions:
-        typer.echo(f"\n{graph.explain(*question)}")
-    if json is not None:
-        write_atomically(json, graph.to_json().encode())
-        typer.echo(f"families written to {json}")
+        output.line(f"\n{graph.explain(*question)}")
     if html is not None:
         graph.save_html(html)
-        typer.echo(f"page written to {html}")
+        output.line(f"page written to {html}")
+    output.finish(graph.to_json(), "families")

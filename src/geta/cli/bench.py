@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -10,6 +11,9 @@ import typer
 
 from geta.cli.analyze import parse_shape
 from geta.cli.options import Debug
+from geta.cli.output import JsonFile, Output, check_outside
+from geta.errors import ConfigError
+from geta.hints import choose
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -30,21 +34,25 @@ def bench_command(
     runtime: Annotated[
         list[str] | None, typer.Option(help="eager, compile, onnx or openvino; repeatable. Default: all.", show_default=False)
     ] = None,
-    json: Annotated[Path | None, typer.Option(help="Write the numbers to this JSON file as well.")] = None,
+    json: JsonFile = None,
     debug: Debug = False,  # noqa: ARG001 - acts in its callback
 ) -> None:
     """Time a saved compact model in PyTorch, torch.compile, ONNX Runtime and OpenVINO, as far as they are installed."""
-    from rich.console import Console
+    _check_numbers(batch or (), threads, rounds)
+    if input_shape is not None and dense is None:
+        raise ConfigError("--input-shape is about the network of --dense: leave it out, or name that network")
+    shape = None if input_shape is None else parse_shape(input_shape)
 
     import geta
     from geta.cli.targets import resolve_target
-    from geta.report.files import folder_bytes, write_json
+    from geta.report.files import folder_bytes
     from geta.report.runtimes import RUNTIMES, measure
 
+    runtimes = [choose("--runtime", one, RUNTIMES) for one in runtime or RUNTIMES]
+    check_outside(folder, json, "--json")
+    output = Output(json)
     model = geta.load(folder)
-    target = None if dense is None else resolve_target(dense, None if input_shape is None else parse_shape(input_shape))
-    if input_shape is not None and dense is None:
-        raise geta.ConfigError("--input-shape is about the network of --dense: leave it out, or name that network")
+    target = None if dense is None else resolve_target(dense, shape)
     with tempfile.TemporaryDirectory() as files:
         found = measure(
             model,
@@ -55,20 +63,22 @@ def bench_command(
             batches=batch or (1, 8),
             threads=threads,
             rounds=rounds,
-            runtimes=runtime or RUNTIMES,
+            runtimes=runtimes,
         )
-    console = Console()
-    console.print(
-        f"{folder}: {folder_bytes(folder):,} bytes on disk; {threads} thread(s), {rounds} rounds",
-        highlight=False,
-        markup=False,
-        soft_wrap=True,
-    )
-    console.print(latency_table(found))
+    size = folder_bytes(folder)
+    output.line(f"{folder}: {size:,} bytes on disk; {threads} thread(s), {rounds} rounds")
+    output.console().print(latency_table(found))
     for name, reason in found.missing.items():
-        console.print(f"not measured: {name}: {reason}", highlight=False, markup=False, soft_wrap=True)
-    if json is not None:
-        write_json(json, found.to_json())
+        output.line(f"not measured: {name}: {reason}")
+    facts = {"format": 1, "folder": str(folder), "bytes_on_disk": size, "threads": threads, "rounds": rounds}
+    output.finish({**facts, **found.to_json()}, "times")
+
+
+def _check_numbers(batches: Sequence[int], threads: int, rounds: int) -> None:
+    """Raise ConfigError for a number below 1."""
+    for option, number in (*(("--batch", size) for size in batches), ("--threads", threads), ("--rounds", rounds)):
+        if number < 1:
+            raise ConfigError(f"{option} is {number}; it must be at least 1")
 
 
 def latency_table(found: Measured) -> Table:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json as json_module
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
@@ -10,10 +9,10 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 import typer
 
 from geta.cli.options import Debug
+from geta.cli.output import JsonFile, Output
 from geta.errors import ConfigError
 
 if TYPE_CHECKING:
-    from rich.console import Console
     from rich.table import Table
 
 Result = TypeVar("Result")
@@ -26,35 +25,24 @@ def compress_command(
     resume: Annotated[Path | None, typer.Option(metavar="DIR", help="Go on with the interrupted run in this folder.")] = None,
     sweep: Annotated[str | None, typer.Option(metavar="KEY=V1,V2,...", help="One run per value, into folders of their own.")] = None,
     list_: Annotated[bool, typer.Option("--list", help="List the shipped recipes and end.")] = False,
-    json: Annotated[bool, typer.Option("--json", help="Print the result as JSON; progress goes to standard error.")] = False,
+    json: JsonFile = None,
     debug: Debug = False,  # noqa: ARG001 - acts in its callback
 ) -> None:
     """Train a network, dense and compressing itself, as a recipe says, and write the small one with all that was measured.
 
-    Examples:
-
-        geta compress digits
-
-        geta compress digits train.epochs=10 sparsity=0.7 output.folder=runs/narrow
-
-        geta compress my.yaml --sweep sparsity=0.3,0.5,0.7
-
-        geta compress --resume runs/digits
-
     Ctrl-C (exit code 130) and SIGTERM (143) finish the step, write a checkpoint and print the command that goes on.
     """
-    from rich.console import Console
-
-    console = Console(stderr=json)
+    output = Output(json)
+    console = output.console()
     if list_:
-        return _list(json, console)
+        return _list(output)
     if resume is not None:
         if recipe is not None or sweep is not None:
             raise ConfigError("--resume goes on with the recipe that lies in the folder: leave RECIPE, KEY=VALUE and --sweep out")
         from geta.recipes.run import resume as resume_run
 
         folder = resume
-        return _report(stopping_with_code(lambda: resume_run(folder, console=console)), json)
+        return _report(stopping_with_code(lambda: resume_run(folder, console=console)), output)
     if recipe is None:
         raise ConfigError("give a RECIPE, a YAML file or the name of a shipped one (geta compress --list), or --resume DIR")
 
@@ -63,16 +51,15 @@ def compress_command(
 
     if sweep is None:
         wanted = read_recipe(recipe, overrides or [])
-        return _report(stopping_with_code(lambda: run_recipe(wanted, console=console)), json)
+        return _report(stopping_with_code(lambda: run_recipe(wanted, console=console)), output)
 
     from geta.recipes.sweep import parse_sweep, plan_sweep, run_sweep
 
     key, values = parse_sweep(sweep)
     folder, recipes = plan_sweep(recipe, overrides or [], key, values)
     found = stopping_with_code(lambda: run_sweep(folder, recipes, key, values, console))
-    if not json:
-        console.print(sweep_table(found))
-    return _report(found, json)
+    console.print(sweep_table(found))
+    return _report(found, output)
 
 
 def stopping_with_code(job: Callable[[], Result]) -> Result:
@@ -82,7 +69,6 @@ def stopping_with_code(job: Callable[[], Result]) -> Result:
     try:
         return job()
     except Interrupted as error:
-        typer.echo(f"geta: {error}", err=True)
         raise typer.Exit(error.exit_code) from None
 
 
@@ -100,25 +86,23 @@ def sweep_table(found: dict[str, Any]) -> Table:
     return table
 
 
-def _report(result: dict[str, Any] | None, json: bool) -> None:
+def _report(result: dict[str, Any] | None, output: Output) -> None:
     """result: None in processes that `torchrun` started beside the first."""
-    if json and result is not None:
-        typer.echo(json_module.dumps(result, indent=2))
+    if result is not None:
+        output.finish(result, "result")
 
 
-def _list(json: bool, console: Console) -> None:
+def _list(output: Output) -> None:
     from rich.table import Table
 
     from geta.recipes.read import parse_yaml, shipped_recipes
 
     found = {name: parse_yaml(entry.read_text(encoding="utf-8"), name) for name, entry in shipped_recipes().items()}
-    if json:
-        facts = {name: {"task": raw["task"], "data": raw["data"], "provenance": raw.get("provenance")} for name, raw in found.items()}
-        typer.echo(json_module.dumps(facts, indent=2))
-        return
     table = Table(title="Shipped recipes", title_justify="left")
     for heading in ("recipe", "task", "data", "from"):
         table.add_column(heading)
     for name, raw in found.items():
         table.add_row(name, raw["task"]["name"], str(raw["data"]["source"]), (raw.get("provenance") or {}).get("source", ""))
-    console.print(table)
+    output.console().print(table)
+    facts = {name: {"task": raw["task"], "data": raw["data"], "provenance": raw.get("provenance")} for name, raw in found.items()}
+    output.finish(facts, "recipes")

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json as json_module
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from geta.cli.options import Debug
+from geta.cli.output import JsonFile, Output
 from geta.errors import ConfigError
 
 
@@ -19,19 +19,11 @@ def evaluate_command(
     config: Annotated[
         str | None, typer.Option(metavar="RECIPE", help="Where data and task come from; a run's own recipe if left out.")
     ] = None,
-    json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+    json: JsonFile = None,
     debug: Debug = False,  # noqa: ARG001 - acts in its callback
 ) -> None:
-    """Measure a saved compact model on the test split of a recipe's data, with the recipe's task.
-
-    Examples:
-
-        geta evaluate runs/digits
-
-        geta evaluate runs/digits/compact --config digits --json
-
-        geta evaluate model --config my.yaml data.path=/data/cifar10
-    """
+    """Measure a saved compact model on the test split of a recipe's data, with the recipe's task."""
+    output = Output(json)
     from geta.recipes.read import read_recipe
     from geta.report.run_files import COMPACT, RECIPE
 
@@ -52,8 +44,6 @@ def evaluate_command(
         size = task.evaluation_batch or recipe.train.evaluation_batch or recipe.train.batch_size
         score = evaluate(model.to(place.device), task, data.test, size, place)
     metric = task.metric
-    if json:
-        record = {"metric": metric.name, "unit": metric.unit, "value": score, "examples": len(data.test), "folder": str(folder)}
-        typer.echo(json_module.dumps(record))
-    else:
-        typer.echo(f"{metric.name}: {score:.4g}{f' {metric.unit}' if metric.unit else ''} on {len(data.test)} examples")
+    output.line(f"{metric.name}: {score:.4g}{f' {metric.unit}' if metric.unit else ''} on {len(data.test)} examples")
+    record = {"metric": metric.name, "unit": metric.unit, "value": score, "examples": len(data.test), "folder": str(folder)}
+    output.finish({"format": 1, **record}, "result")

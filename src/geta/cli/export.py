@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from geta.cli.options import Debug
+from geta.cli.output import JsonFile, Output, check_outside
 from geta.errors import ConfigError
+from geta.hints import choose
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -35,50 +38,70 @@ def export_command(
     *,
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder that a compact model was saved in.", show_default=False)],
     form: Annotated[
-        Format,
-        typer.Option("--format", help="ONNX with integer weights, PyTorch's .pt2, or the folder that servers of language models read."),
-    ] = Format.ONNX,
+        str,
+        typer.Option(
+            "--format",
+            metavar="onnx|pt2|compressed-tensors",
+            autocompletion=lambda: [*Format],
+            help="ONNX with integer weights, PyTorch's .pt2, or the folder that servers of language models read.",
+        ),
+    ] = "onnx",
     out: Annotated[
         Path | None,
         typer.Option(help="What to write; default: model.onnx, model.pt2 or the folder compressed-tensors beside DIR.", show_default=False),
     ] = None,
     floats: Annotated[bool, typer.Option("--float", help="ONNX only: compute in float32, rounding spelled out.")] = False,
-    dynamic: Annotated[OpenSizes, typer.Option(help="ONNX and .pt2: sizes that stay open: of the batch, all, or none.")] = OpenSizes.BATCH,
+    dynamic: Annotated[
+        str,
+        typer.Option(
+            metavar="batch|all|none",
+            autocompletion=lambda: [*OpenSizes],
+            help="ONNX and .pt2: sizes that stay open: of the batch, all, or none.",
+        ),
+    ] = "batch",
     signed_weights: Annotated[
         bool, typer.Option("--int8-weights", help="ONNX only: 8-bit weights as int8, faster on CPUs with dot-product instructions.")
     ] = False,
     compiled: Annotated[bool, typer.Option("--compiled", help=".pt2 only: machine code for this processor; needs a C++ compiler.")] = False,
+    json: JsonFile = None,
     debug: Debug = False,  # noqa: ARG001 - acts in its callback
 ) -> None:
     """Write a saved compact model as one file, or folder, that is read without geta."""
-    from rich.console import Console
-
-    import geta
-
+    wanted, sizes = Format(choose("--format", form, Format)), OpenSizes(choose("--dynamic", dynamic, OpenSizes))
     _check_options(
-        form,
+        wanted,
         {
             "--float": (floats, (Format.ONNX,)),
             "--int8-weights": (signed_weights, (Format.ONNX,)),
             "--compiled": (compiled, (Format.PT2,)),
-            "--dynamic": (dynamic is not OpenSizes.BATCH, (Format.ONNX, Format.PT2)),
+            "--dynamic": (sizes is not OpenSizes.BATCH, (Format.ONNX, Format.PT2)),
         },
     )
-    model = geta.load(folder)
-    name = "compressed-tensors" if form is Format.COMPRESSED_TENSORS else f"model.{form}"
+
+    import geta
+    from geta.export.modules import check_wishes
+
+    check_outside(folder, json, "--json")
+    check_outside(folder, out, "--out")
+    output = Output(json)
+    name = "compressed-tensors" if wanted is Format.COMPRESSED_TENSORS else f"model.{wanted}"
     target = folder.absolute().parent / name if out is None else out
-    console = Console()
-
-    def line(text: str) -> None:
-        console.print(text, highlight=False, markup=False, soft_wrap=True)
-
-    if form is Format.PT2:
-        line(f"{target}: {model.export_pt2(target, dynamic=dynamic.value, compiled=compiled):,} bytes")
-    elif form is Format.COMPRESSED_TENSORS:
-        _show_packed(line, target, model.save_compressed_tensors(target))
+    if wanted is not Format.COMPRESSED_TENSORS:
+        check_wishes(target, sizes.value)
+    model = geta.load(folder)
+    facts: dict[str, Any] = {"format": 1, "folder": str(folder), "written": str(target), "as": wanted.value}
+    if wanted is Format.PT2:
+        facts["bytes"] = model.export_pt2(target, dynamic=sizes.value, compiled=compiled)
+        output.line(f"{target}: {facts['bytes']:,} bytes")
+    elif wanted is Format.COMPRESSED_TENSORS:
+        packed = model.save_compressed_tensors(target)
+        _show_packed(output.line, target, packed)
+        facts.update(asdict(packed))
     else:
-        report = model.export_onnx(target, integers=not floats, dynamic=dynamic.value, uint8_weights=not signed_weights)
-        _show(line, model, report, integers=not floats)
+        report = model.export_onnx(target, integers=not floats, dynamic=sizes.value, uint8_weights=not signed_weights)
+        _show(output.line, model, report, integers=not floats)
+        facts.update({key: value for key, value in asdict(report).items() if key != "path"})
+    output.finish(facts, "report")
 
 
 def _check_options(form: Format, given: Mapping[str, tuple[bool, tuple[Format, ...]]]) -> None:

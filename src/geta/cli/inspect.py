@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from geta.cli.options import Debug
+from geta.cli.output import JsonFile, Output, check_outside
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -22,22 +24,46 @@ _INPUT, _OUTPUT = ":input", ":output"
 def inspect_command(
     *,
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder that a compact model was saved in.", show_default=False)],
+    json: JsonFile = None,
     debug: Debug = False,  # noqa: ARG001 - acts in its callback
 ) -> None:
     """Show a saved compact model: its costs, the bit width of every quantized tensor, and what is left of every family."""
-    from rich.console import Console
-
     import geta
     from geta.report.files import folder_bytes
 
+    check_outside(folder, json, "--json")
+    output = Output(json)
     model = geta.load(folder)
-    console = Console()
-    console.print(f"{folder}: {folder_bytes(folder):,} bytes on disk", highlight=False, markup=False)
-    console.print(cost_table(model))
-    console.print(bits_table(model.bits))
-    console.print(kept_table(model))
+    size = folder_bytes(folder)
+    output.line(f"{folder}: {size:,} bytes on disk")
+    console = output.console()
+    for table in (cost_table(model), bits_table(model.bits), kept_table(model)):
+        console.print(table)
     for note in model.info.notes:
-        console.print(f"note: {note}", highlight=False, markup=False)
+        output.line(f"note: {note}")
+    output.finish({"format": 1, "folder": str(folder), "bytes_on_disk": size, **record(model)}, "facts")
+
+
+_COSTS = (("parameters", "params"), ("MACs", "macs"), ("BOPs", "bops"), ("weights, bytes", "weight_bytes"))
+
+
+def record(model: CompactModel) -> dict[str, Any]:
+    """What the tables show, as plain data: docs/commands.md lists the keys."""
+    dense, difference = model.info.dense_cost, model.info.max_difference
+    keys = [key for _, key in _COSTS]
+    return {
+        "cost": {
+            "compact": {key: getattr(model.cost, key) for key in keys},
+            "dense": None if dense is None else {key: dense[key] for key in keys},
+        },
+        "bits": model.bits,
+        "families": {
+            name: {"kept": len(kept), "of": model.info.family_sizes[name], "indices": list(kept)} for name, kept in model.info.kept.items()
+        },
+        "max_difference": difference if math.isfinite(difference) else None,
+        "precision": model.info.precision,
+        "notes": list(model.info.notes),
+    }
 
 
 def cost_table(model: CompactModel) -> Table:
@@ -51,7 +77,7 @@ def cost_table(model: CompactModel) -> Table:
     if dense:
         table.add_column("dense", justify="right")
         table.add_column("compact / dense", justify="right")
-    for label, key in (("parameters", "params"), ("MACs", "macs"), ("BOPs", "bops"), ("weights, bytes", "weight_bytes")):
+    for label, key in _COSTS:
         compact = getattr(model.cost, key)
         compared = (f"{dense[key]:,.0f}", f"{compact / dense[key]:.2%}") if dense.get(key) else ()
         table.add_row(label, f"{compact:,.0f}", *compared)

@@ -9,12 +9,15 @@ import typer
 
 from geta.cli.analyze import parse_shape
 from geta.cli.options import Debug
+from geta.cli.output import JsonFile, Output, check_file
+from geta.errors import ConfigError
+from geta.hints import choose
 
 if TYPE_CHECKING:
     from geta.graph import DependencyGraph
 
 
-def latency_command(
+def latency_command(  # noqa: PLR0913 - one parameter per option
     *,
     target: Annotated[str, typer.Argument(help="python.path:factory, timm:NAME or hf:CONFIG_OR_PATH.", show_default=False)],
     input_shape: Annotated[str | None, typer.Option(help="Shape of one random input, batch first, e.g. 1,3,224,224.")] = None,
@@ -25,33 +28,52 @@ def latency_command(
     seconds: Annotated[float, typer.Option(help="Time to spend on timing, about.")] = 15.0,
     multiple_of: Annotated[str, typer.Option(help="Groups kept: a number, or a device profile such as avx512-vnni.")] = "1",
     table: Annotated[Path | None, typer.Option(help="Write the latency table to this JSON file, for geta.LatencyTable.load.")] = None,
+    json: JsonFile = None,
     debug: Debug = False,  # noqa: ARG001 - acts in its callback
 ) -> None:
     """Time the layers of a network by shape, and print what pruning each family would save here."""
+    choose("--runtime", runtime, ("onnx", "eager"))
+    for option, number in (("--batch", batch), ("--threads", threads)):
+        if number < 1:
+            raise ConfigError(f"{option} is {number}; it must be at least 1")
+    if not seconds > 0:
+        raise ConfigError(f"--seconds is {seconds}; it must be more than 0")
+    shape = None if input_shape is None else parse_shape(input_shape)
+
     import geta
     from geta.cli.targets import resolve_target
     from geta.devices import resolve_multiple
-    from geta.report.files import prepare_folder
-    from geta.report.latency_families import family_savings, savings_table
+    from geta.report.latency_families import SHARES, family_savings, savings_table
     from geta.report.latency_table import measure_layers
 
     multiple = int(multiple_of) if multiple_of.lstrip("-").isdecimal() else multiple_of
     resolve_multiple(multiple)
-    if table is not None:
-        prepare_folder(table.parent)
-    found = resolve_target(target, None if input_shape is None else parse_shape(input_shape))
+    check_file(table, "--table")
+    output = Output(json)
+    found = resolve_target(target, shape)
     graph = geta.analyze(found.model, found.args, found.kwargs)
     if integers:
         _quantize(graph)
     measured = measure_layers(
         graph, runtime=runtime, precision="integers" if integers else "floats", batch=batch, threads=threads, seconds=seconds
     )
-    typer.echo(savings_table(family_savings(graph, measured, multiple_of=multiple), measured, measured.networks["uncut"]["predicted"]))
+    savings, uncut = family_savings(graph, measured, multiple_of=multiple), measured.networks["uncut"]["predicted"]
+    output.line(savings_table(savings, measured, uncut))
     for note in measured.notes:
-        typer.echo(f"note: {note}")
+        output.line(f"note: {note}")
     if table is not None:
         measured.save(table)
-        typer.echo(f"\nlatency table written to {table}")
+        output.line(f"\nlatency table written to {table}")
+    record = {
+        "format": 1,
+        "measured": measured.words,
+        "uncut_ms": uncut,
+        "multiple_of": multiple,
+        "shares": list(SHARES),
+        "families": [saving.to_json() for saving in savings],
+        "notes": list(measured.notes),
+    }
+    output.finish(record, "savings")
 
 
 def _quantize(graph: DependencyGraph) -> None:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING
 
 from geta.errors import ConfigError
+from geta.hints import did_you_mean
 
 if TYPE_CHECKING:
     import torch
@@ -73,7 +74,7 @@ def _optimizer(name: str) -> type[torch.optim.Optimizer]:
     known = {key.lower(): value for key, value in vars(torch.optim).items() if isinstance(value, type)}
     known = {key: value for key, value in known.items() if issubclass(value, torch.optim.Optimizer) and value is not torch.optim.Optimizer}
     if name.lower() not in known:
-        raise ConfigError(f"--optimizer '{name}' is none of torch.optim: {', '.join(sorted(known))}")
+        raise ConfigError(f"--optimizer '{name}' is none of torch.optim: {', '.join(sorted(known))}{did_you_mean(name, known)}")
     return known[name.lower()]
 
 

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from geta.cli.options import Debug
+from geta.cli.output import JsonFile, Output, check_outside
 
 
 def report_command(
@@ -24,23 +25,12 @@ def report_command(
             show_default=False,
         ),
     ] = None,
-    json: Annotated[bool, typer.Option("--json", help="Print the report as JSON, and write no files unless --out is given.")] = False,
+    json: JsonFile = None,
     debug: Debug = False,  # noqa: ARG001 - acts in its callback
 ) -> None:
-    """Write the report of a run: report.html (one file, opens offline), report.md and report.json. Several folders are compared.
-
-    Examples:
-
-        geta report runs/demo
-
-        geta report runs/a runs/b --out a-and-b.html
-
-        geta report runs/sweep                    # the front of a sweep
-
-        geta report runs/demo/compact             # a saved model alone
-    """
+    """Write the report of a run: report.html (one file, opens offline), report.md and report.json. Several folders are compared."""
     from geta.errors import ConfigError
-    from geta.report.run_files import SWEEP, check_folder
+    from geta.report.run_files import RESULT, SWEEP, check_folder
 
     if out is not None and out.suffix != ".html":
         raise ConfigError(
@@ -48,45 +38,38 @@ def report_command(
         )
     for folder in folders:
         check_folder(folder)
+        if not (folder / RESULT).exists():
+            check_outside(folder, json, "--json")
+    output = Output(json)
     if len(folders) == 1 and not (folders[0] / SWEEP).exists():
-        _one(folders[0], out, as_json=json)
+        _one(folders[0], out, output)
     else:
-        _several(folders, out, as_json=json)
+        _several(folders, out, output)
 
 
-def _one(folder: Path, out: Path | None, *, as_json: bool) -> None:
+def _one(folder: Path, out: Path | None, output: Output) -> None:
     from geta.report.run_files import read_run
     from geta.report.run_json import run_record
     from geta.report.run_report import position, write_report
 
-    written = write_report(folder, out) if out is not None or not as_json else []
-    if as_json:
+    _say(write_report(folder, out), output)
+    if output.json is not None:
         run = read_run(folder)
-        _print_json(run_record(run, position(run)[0]))
-    else:
-        _say(written)
+        output.finish(run_record(run, position(run)[0]), "record")
 
 
-def _several(folders: list[Path], out: Path | None, *, as_json: bool) -> None:
+def _several(folders: list[Path], out: Path | None, output: Output) -> None:
     from geta.report.comparison import comparison_record, read_comparison, write_comparison
 
     comparison = read_comparison(folders)
     default = folders[0] / "report.html" if len(folders) == 1 else Path("comparison.html")
-    written = write_comparison(comparison, out or default) if out is not None or not as_json else []
-    if as_json:
-        _print_json(comparison_record(comparison))
-        return
+    written = write_comparison(comparison, out or default)
     for text in comparison.missing:
         typer.echo(f"left out: {text}", err=True)
-    _say(written)
+    _say(written, output)
+    output.finish(comparison_record(comparison), "record")
 
 
-def _print_json(record: object) -> None:
-    import json
-
-    typer.echo(json.dumps(record, indent=1, ensure_ascii=False, allow_nan=False))
-
-
-def _say(written: list[Path]) -> None:
+def _say(written: list[Path], output: Output) -> None:
     for path in written:
-        typer.echo(f"wrote {path} ({path.stat().st_size:,} bytes)")
+        output.line(f"wrote {path} ({path.stat().st_size:,} bytes)")

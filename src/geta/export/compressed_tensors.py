@@ -15,6 +15,7 @@ All other tensors keep their name and values. `weight_packed` times `weight_scal
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import tempfile
@@ -320,11 +321,14 @@ def _write(folder: Path, tensors: Mapping[str, Tensor], settings: Mapping[str, A
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as staging:
             made = {name: Path(staging) / name for name in (TENSORS, CONFIG)}
-            safetensors.torch.save_file(stored, made[TENSORS], metadata={"format": "pt"})
+            try:
+                safetensors.torch.save_file(stored, made[TENSORS], metadata={"format": "pt"})
+            except safetensors.SafetensorError as error:
+                raise OSError(errno.EIO, str(error)) from error  # what the system refused, in safetensors' words
             made[CONFIG].write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
             size = made[TENSORS].stat().st_size
             for name, path in made.items():
                 os.replace(path, folder / name)
-    except (OSError, safetensors.SafetensorError) as error:
+    except OSError as error:
         raise ConfigError(f"the tensors can't be written to '{folder}': {error}; choose a writable folder") from error
     return size

@@ -6,6 +6,7 @@ runs.
 
 from __future__ import annotations
 
+import io
 import os
 import tempfile
 import warnings
@@ -57,12 +58,38 @@ def export_pt2(model: CompactModel, path: str | Path, *, dynamic: Dynamic = "bat
             if compiled:
                 _compile(program, made)
             else:
-                torch.export.save(program, made)
+                with _Patient(made) as file:
+                    torch.export.save(program, file)
+                    file.settle()
             size = made.stat().st_size
             os.replace(made, target)
     except OSError as error:
         raise ConfigError(f"'{target}' can't be written: {error}") from error
     return size
+
+
+class _Patient(io.FileIO):
+    """A file that keeps quiet about a refused write until `settle`: PyTorch's writer ends the whole process when one raises."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path, "w+")
+        self._refusal: OSError | None = None
+
+    def write(self, content: Any, /) -> int:
+        """Write all of it, or nothing more once the system has refused."""
+        whole = memoryview(content).cast("B")
+        written = 0
+        while self._refusal is None and written < len(whole):
+            try:
+                written += super().write(whole[written:])
+            except OSError as error:
+                self._refusal = error
+        return len(whole)
+
+    def settle(self) -> None:
+        """Raise what the system said, if it refused anything."""
+        if self._refusal is not None:
+            raise self._refusal
 
 
 def _check_compiler() -> None:

@@ -23,6 +23,7 @@ from geta.graph.names import canonical_name, first_names
 from geta.graph.propagate import Propagation, bind_arguments
 from geta.graph.rules.registry import operator_name
 from geta.graph.solver import Partition
+from geta.hints import did_you_mean
 
 GRANULARITIES = ("head", "head_dim", "group", "channel")
 UNITS = ("channels", "heads", "head dims", "neurons", "norm groups", "features", "entries", "rows")
@@ -185,7 +186,7 @@ def restrict(families: Sequence[Family], limits: Limits) -> list[Family]:
     for word in limits.prune:
         if word not in units:
             known = "" if word in UNITS else f" (possible are {', '.join(UNITS)})"
-            raise ConfigError(f"prune names '{word}', but this model has families of {', '.join(units)}{known}")
+            raise ConfigError(f"prune names '{word}', but this model has families of {', '.join(units)}{known}{did_you_mean(word, units)}")
     allowed = ", ".join(limits.prune)
     return [
         family

@@ -13,9 +13,10 @@ from typing import Any
 from geta.errors import GetaError
 
 
-def prepare_folder(folder: Path) -> None:
+def prepare_folder(folder: Path, option: str = "--out") -> None:
     """Create `folder` and prove that files can be written there, before hours of training depend on it.
 
+    option: what the user chose the folder with, for the message.
     Raises GetaError that names the folder and the system's reason.
     """
     try:
@@ -24,12 +25,23 @@ def prepare_folder(folder: Path) -> None:
             probe.write(b"geta")
     except OSError as error:
         raise GetaError(
-            f"the output folder '{folder}' can't be written ({error.strerror or error}); nothing was started: choose another with --out"
+            f"the output folder '{folder}' can't be written ({error.strerror or error}); nothing was started: choose another with {option}"
         ) from error
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Write `content` to `path` so that the file is either the old one or the whole new one, never a part of it."""
+    """Write `content` to `path` so that the file is either the old one or the whole new one, never a part of it.
+
+    Raises OSError when the system refuses; its `filename` is `path`.
+    """
+    try:
+        _replace(path, content)
+    except OSError as error:
+        error.filename, error.filename2 = str(path), None  # the system names the temporary file, or none
+        raise
+
+
+def _replace(path: Path, content: bytes) -> None:
     descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(descriptor, "wb") as stream:
