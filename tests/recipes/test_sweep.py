@@ -33,7 +33,7 @@ def test_a_sweep_runs_each_value_once(recipe_file, tmp_path, capsys, monkeypatch
     assert all((out / run["folder"] / "compact").is_dir() for run in found["runs"])
 
     monkeypatch.setattr(sweep, "run_recipe", lambda *_, **__: pytest.fail("a complete run was repeated"))
-    assert main(arguments[:-1]) == 0
+    assert main(arguments[:-2]) == 0
     assert "Sweep over compress.sparsity" in capsys.readouterr().out
     assert main([*arguments, "seed=9"]) == 1
     assert "with other settings than this sweep's" in capsys.readouterr().err

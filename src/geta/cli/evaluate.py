@@ -9,7 +9,7 @@ import typer
 
 from geta.cli.options import Debug
 from geta.cli.output import JsonFile, Output
-from geta.errors import ConfigError
+from geta.errors import ConfigError, GetaError
 
 
 def evaluate_command(
@@ -28,7 +28,7 @@ def evaluate_command(
     from geta.report.run_files import COMPACT, RECIPE
 
     if not folder.is_dir():
-        raise ConfigError(f"there is no folder '{folder}': give a saved compact model, or the folder of a run")
+        raise GetaError(f"there is no folder '{folder}': give a saved compact model, or the folder of a run")
     is_run = (folder / RECIPE).is_file()
     if config is None and not is_run:
         raise ConfigError(f"'{folder}' is no folder of a run, which would hold a {RECIPE}: say where data and task come from with --config")
