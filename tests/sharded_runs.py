@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import warnings
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -78,11 +79,14 @@ def on_two(out: Path) -> dict[str, Any]:
     model = trainer.model
     whole = trained(trainer, callback)
     gathered, graph = callback.compressor.gathered()
+    saved = out / f"folder {dist.get_rank()}"
+    geta.save_pretrained(gathered, graph, saved)  # which compares what it loads from there
     return {
         "whole": whole,
         "resumed": trained(*made(out / "resumed", sharded=True, **saving), out / "whole" / f"checkpoint-{STOP}"),
         "sharded": sorted({type(p).__name__ for p in model.parameters()}),
         "gathered": [type(gathered).__name__, graph.model is gathered, any(map(is_sharded, gathered.parameters()))],
+        "saved": sorted(path.name for path in saved.iterdir()),
     }
 
 
@@ -92,6 +96,7 @@ def loop(accelerator: Accelerator, *, stop: int = STEPS, resume: Path | None = N
     model = Mlp().double()
     compressor = geta.Compressor(model, kwargs={"x": X[:2].double()}, target=geta.Budget(bops=0.05), weight_bits=(4, 8))
     optimizer = compressor.optimizer(torch.optim.AdamW, lr=3e-3, total_steps=STEPS, compression={"quant_lr": 1e-5})
+    before = weakref.ref(compressor.model.get_parameter("first.parametrizations.weight.original"))
     prepare_sharding(compressor, accelerator)
     outer, wrapped = accelerator.prepare(model, optimizer)
     if resume is not None:
@@ -104,6 +109,7 @@ def loop(accelerator: Accelerator, *, stop: int = STEPS, resume: Path | None = N
         accelerator.backward(F.cross_entropy(outer(X[rows].double())["logits"], labels[rows]))
         norms.append(float(accelerator.clip_grad_norm_(outer.parameters(), 0.3)))
         wrapped.step()
+    assert (before() is None) == accelerator.is_fsdp2, "weights from before sharding are still held"
     return norms, compressor
 
 

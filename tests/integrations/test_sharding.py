@@ -11,7 +11,10 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
+from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
+from geta.graph.names import canonical_name, find_tensor, unwrap
 from geta.integrations.sharding import Skeleton
 from sharded_runs import STOP, everything, loop, on_one, result
 from trainer_runs import TOKENS, model_of
@@ -61,6 +64,7 @@ def test_its_checkpoints_go_on_bitwise(ranks):
 def test_the_whole_model_comes_back(ranks):
     for found in ranks:
         assert found["trainer"]["gathered"] == ["GPT2LMHeadModel", True, False]
+        assert found["trainer"]["saved"] == ["config.json", "generation_config.json", "model.safetensors"]
 
 
 def test_a_plain_loop_of_accelerate(ranks):
@@ -104,3 +108,12 @@ def test_a_skeleton_is_filled_again():
     mine = {p.data_ptr() for p in model.parameters()}
     assert not mine & {p.data_ptr() for p in again.parameters()}
     assert torch.equal(again.eval()(TOKENS[:2]).logits, model.eval()(TOKENS[:2]).logits)
+
+
+def test_tensors_inside_checkpoint_wrappers_keep_their_names():
+    inner = nn.Linear(3, 2)
+    model = nn.Sequential(checkpoint_wrapper(nn.Sequential(inner)), nn.ReLU())
+    names = [canonical_name(name) for name, _ in model.named_parameters()]
+    assert names == ["0.0.weight", "0.0.bias"]
+    assert find_tensor(model, "0.0.weight") is inner.weight
+    assert unwrap(checkpoint_wrapper(inner)) is inner
