@@ -58,6 +58,13 @@ def test_ties_follow_the_configuration(name, sizes):
     assert torch.equal(torch.random.get_rng_state(), state)
 
 
+def test_what_stays_whole_beside_the_ties_is_named():
+    model, example, _ = hf_nets.build("t5")
+    graph = geta.analyze(model, (), example, protect="decoder.*.DenseReluDense")
+    optimizer = geta.HESSO(torch.optim.SGD(model.parameters(), lr=0.1), graph, sparsity=0.4, schedule=4, uniform=True)
+    assert any("uniform: 2 of 4 families that repeat can't be pruned (first: 'decoder.block.0.layer.2" in note for note in optimizer.notes)
+
+
 @pytest.mark.parametrize("name", ["t5", "bart", "whisper"])
 def test_what_one_number_sizes_loses_equal_numbers(name, tmp_path):
     """Ties of names alone would let T5's encoder and decoder lose different numbers. No number says how wide a head of the others is."""

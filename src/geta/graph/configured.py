@@ -80,15 +80,15 @@ def tied(model: nn.Module, families: Sequence[Family]) -> list[list[Family]]:
 
     The encoder and the decoder of T5, say, have one `d_ff` and one `num_heads`. A number sizes families of equal unit and size when a
     model built with another value differs in dimensions that belong to such families, and in no other. Models are built only where
-    several lists have equal units and sizes, and only with numbers that equal this size. Where the class can't be built from its
-    configuration alone, names decide.
+    several lists, of which some can be pruned, have equal units and sizes, and only with numbers that equal this size. Where the class
+    can't be built from its configuration alone, names decide.
     """
     ties, model = repeated(families), unwrap(model)
     alike: dict[tuple[str, int], list[int]] = {}
     for place, tie in enumerate(ties):
-        if tie[0].prunable:
-            alike.setdefault((tie[0].unit, tie[0].size), []).append(place)
-    several = {key: places for key, places in alike.items() if len(places) > 1}
+        alike.setdefault((tie[0].unit, tie[0].size), []).append(place)
+    some = {(family.unit, family.size) for family in families if family.prunable}
+    several = {key: places for key, places in alike.items() if len(places) > 1 and key in some}
     if not several or not is_pretrained(model):
         return ties
     try:
