@@ -106,7 +106,10 @@ class GetaCallback(TrainerCallback):
     def finish(self, product: Literal["eager", "auto"]) -> nn.Module: ...
 
     def finish(self, product: Product = "graph") -> nn.Module:
-        """The compact model after training, see `Compressor.finish`. Raises ConfigError when training ended before the cool-down."""
+        """The compact model after training, see `Compressor.finish`. Raises ConfigError when training ended before the cool-down.
+
+        With FSDP2 every rank has to call it (weights are gathered) and gets the same model.
+        """
         return self.compressor.finish(product)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
