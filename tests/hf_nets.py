@@ -8,7 +8,7 @@ import torch
 import transformers as hf
 from torch import Tensor, nn
 
-_LLAMA = {
+LLAMA = {
     "vocab_size": 64,
     "hidden_size": 32,
     "intermediate_size": 48,
@@ -16,14 +16,14 @@ _LLAMA = {
     "num_attention_heads": 4,
     "max_position_embeddings": 64,
 }
-_GROUPED = {**_LLAMA, "num_key_value_heads": 2, "head_dim": 8}
-_SEQ2SEQ = {"decoder_start_token_id": 3, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+_GROUPED = {**LLAMA, "num_key_value_heads": 2, "head_dim": 8}
+SEQ2SEQ_TOKENS = {"decoder_start_token_id": 3, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 
 CAUSAL = {
     "llama": lambda: hf.LlamaForCausalLM(hf.LlamaConfig(**_GROUPED)),
     "mistral": lambda: hf.MistralForCausalLM(hf.MistralConfig(**_GROUPED, sliding_window=16)),
     "qwen3": lambda: hf.Qwen3ForCausalLM(hf.Qwen3Config(**_GROUPED)),
-    "phi": lambda: hf.PhiForCausalLM(hf.PhiConfig(**_LLAMA)),
+    "phi": lambda: hf.PhiForCausalLM(hf.PhiConfig(**LLAMA)),
     "gemma3": lambda: hf.Gemma3ForCausalLM(
         hf.Gemma3TextConfig(**_GROUPED, sliding_window=8, layer_types=["sliding_attention", "full_attention"])
     ),
@@ -31,10 +31,25 @@ CAUSAL = {
 }
 SEQ2SEQ = {
     "t5": lambda: hf.T5ForConditionalGeneration(
-        hf.T5Config(vocab_size=64, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, **_SEQ2SEQ)
+        hf.T5Config(vocab_size=64, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, **SEQ2SEQ_TOKENS)
     ),
     "t5 of one layer": lambda: hf.T5ForConditionalGeneration(
-        hf.T5Config(vocab_size=64, d_model=32, d_kv=8, d_ff=48, num_layers=1, num_heads=4, **_SEQ2SEQ)
+        hf.T5Config(vocab_size=64, d_model=32, d_kv=8, d_ff=48, num_layers=1, num_heads=4, **SEQ2SEQ_TOKENS)
+    ),
+    "bart": lambda: hf.BartForConditionalGeneration(
+        hf.BartConfig(
+            vocab_size=64,
+            d_model=32,
+            encoder_layers=2,
+            decoder_layers=2,
+            encoder_attention_heads=4,
+            decoder_attention_heads=4,
+            encoder_ffn_dim=48,
+            decoder_ffn_dim=48,
+            max_position_embeddings=64,
+            forced_eos_token_id=None,
+            **SEQ2SEQ_TOKENS,
+        )
     ),
     "whisper": lambda: hf.WhisperForConditionalGeneration(
         hf.WhisperConfig(
@@ -49,11 +64,11 @@ SEQ2SEQ = {
             num_mel_bins=8,
             max_source_positions=16,
             max_target_positions=32,
-            **_SEQ2SEQ,
+            **SEQ2SEQ_TOKENS,
         )
     ),
 }
-NAMES = [*CAUSAL, "t5", "whisper"]
+NAMES = [*CAUSAL, "t5", "bart", "whisper"]
 
 
 def ids(*shape: int) -> Tensor:

@@ -213,6 +213,10 @@ def refused(tmp_path: Path, why: str) -> None:
     else:
         trained = Mlp() if why == "another" else model
         trainer = Trainer(trained, arguments, train_dataset=ROWS, eval_dataset=ROWS[:4], optimizers=optimizers)
+    if why == "deepspeed":
+        trainer.is_deepspeed_enabled = True
+    if why == "xla":
+        trainer.is_fsdp_xla_enabled = True
     callback = GetaCallback(compressor).attach(trainer)
     if why == "twice":
         callback.attach(trainer)
@@ -240,6 +244,8 @@ def refused(tmp_path: Path, why: str) -> None:
         ("twice", "already belongs to a Trainer"),
         ("short", "3 steps are left in this run and the schedule stands at step 0"),
         ("early", "doesn't know its number of steps yet"),
+        ("deepspeed", "optimizer of its own around flattened copies of the weights"),
+        ("xla", "FSDP of XLA"),
         ("late", r"didn't make its optimizer through create_optimizer"),
     ],
 )

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -35,6 +36,7 @@ from geta.export.cleanup import Network, copied
 from geta.export.linears import Input, Linear, input_of, integer_linears, quantizer_name
 from geta.export.onnx_quant import BYTE, even_groups, weight_of
 from geta.export.pack import pack_bits
+from geta.quant.blocks import SHORTEST
 
 if TYPE_CHECKING:
     from geta.subnet.model import CompactModel
@@ -114,15 +116,21 @@ def save_compressed_tensors(model: CompactModel, folder: str | Path, *, widths: 
 
 
 @torch.no_grad()
-def packed_file(model: CompactModel, widths: Sequence[int], *, no_inputs: str = "") -> PackedFile:
+def packed_file(model: CompactModel, widths: Sequence[int], *, no_inputs: str = "", alike: bool = False) -> PackedFile:
     """The tensors and the `quantization_config` that `save_compressed_tensors` writes, and what it reports; `packed` may be empty.
 
     widths: as `checked_widths` returns them. no_inputs: why quantizers of inputs are left out as well; "" = they are not.
+    alike:  where any layer has groups of columns, all get groups of one size, for readers that know one only; scales are repeated, and
+            layers that don't fit are floating-point values.
     Raises BadModelError when a weight's quantizer is not yet integers.
     """
     file = PackedFile()
     networks = [copied(model.programs[mode].graph, model.tensors()) for mode in sorted(model.programs)]
     linears = _add_weights(file, networks, widths)
+    if alike and file.groups:
+        size = _common_size({path: (linear, file.groups.get(path)) for path, linear in linears.items()})
+        file = PackedFile()
+        linears = _add_weights(file, networks, widths, size)
     _add_inputs(file, networks[0], {} if no_inputs else linears, no_inputs or "it is not the input of a packed linear layer")
     _add_others(file, networks, model.tensors())
     file.config = _quantization_config(file, networks[0])
@@ -141,8 +149,8 @@ def pack_rows(codes: Tensor, bits: int) -> Tensor:
     return words[:, : -(-columns * bits // _WORD)].contiguous()
 
 
-def _add_weights(file: PackedFile, networks: Sequence[Network], widths: Sequence[int]) -> dict[str, Linear]:
-    """Put in all integer weights; returns the packed layers."""
+def _add_weights(file: PackedFile, networks: Sequence[Network], widths: Sequence[int], size: int | None = None) -> dict[str, Linear]:
+    """Put in all integer weights; returns the packed layers. size: how many columns each scale is for; None = as each layer has it."""
     packed: dict[str, Linear] = {}
     for network in networks:
         _refuse_unfinished(network)
@@ -152,7 +160,7 @@ def _add_weights(file: PackedFile, networks: Sequence[Network], widths: Sequence
             width = next((bits for bits in widths if bits >= linear.width), None)
             if name in others or name in file.floating or path in packed:
                 continue
-            scale = _scale(linear)
+            scale = _scale(linear, size)
             if not path or width is None or isinstance(scale, str):
                 bits = f"it has {linear.width} bits and widths are {list(widths)}"
                 none = "the model itself is the layer: it has no path"
@@ -161,7 +169,7 @@ def _add_weights(file: PackedFile, networks: Sequence[Network], widths: Sequence
             packed[path], file.packed[path] = linear, width
             file.tensors[f"{path}.weight_packed"] = pack_rows(linear.weight.codes, width)
             file.tensors[f"{path}.weight_scale"] = scale
-            if linear.weight.blocks:
+            if linear.weight.blocks or size is not None:
                 file.groups[path] = linear.weight.codes.shape[1] // scale.shape[1]
             file.tensors[f"{path}.weight_shape"] = torch.tensor(linear.weight.codes.shape)
             if linear.dtype != linear.weight.scale.dtype:
@@ -180,12 +188,25 @@ def _add_weights(file: PackedFile, networks: Sequence[Network], widths: Sequence
     return packed
 
 
-def _scale(linear: Linear) -> Tensor | str:
+def _scale(linear: Linear, size: int | None) -> Tensor | str:
     """A layer's scales as the format has them, or why there are none."""
-    if not linear.weight.blocks:
-        return linear.row_scale
-    found = even_groups(linear.weight)
-    return found if isinstance(found, str) else found[0].contiguous()
+    found = even_groups(linear.weight) if linear.weight.blocks else (linear.row_scale, linear.weight.codes.shape[1])
+    if isinstance(found, str):
+        return found
+    scale, own = found
+    if size is None:
+        return scale.contiguous()
+    if own % size:
+        return f"its groups of {own} columns are none of {size}, the size of all other layers, and readers of this model know one size only"
+    return scale.repeat_interleave(own // size, 1)
+
+
+def _common_size(layers: Mapping[str, tuple[Linear, int | None]]) -> int:
+    """The number of columns per scale with which most weights can be packed; a row with one scale is one group."""
+    sizes = [(linear.weight.codes.numel(), size or int(linear.weight.codes.shape[1])) for linear, size in layers.values()]
+    least = math.gcd(*(size for _, size in sizes))
+    fitting = {one: sum(count for count, size in sizes if size % one == 0) for one in {least, *(size for _, size in sizes)}}
+    return max((one for one in fitting if one >= SHORTEST), key=lambda one: (fitting[one], one))
 
 
 def _refuse_unfinished(network: Network) -> None:

@@ -19,9 +19,10 @@ from geta.devices import resolve_multiple
 from geta.errors import BadModelError, ConfigError
 from geta.graph.branches import QuantizerBranch, find_branches
 from geta.graph.capture import Capture, capture, check_inputs
+from geta.graph.configured import tied
 from geta.graph.coupling import build_families
 from geta.graph.explain import Explanation, explain
-from geta.graph.families import Family, Member, Selection, repeated
+from geta.graph.families import Family, Member, Selection
 from geta.graph.fingerprint import fingerprint
 from geta.graph.gates import with_gates
 from geta.graph.limits import Limits, protect_tensors, restrict, suggest, unused_granularity
@@ -136,7 +137,7 @@ class DependencyGraph:
         sparsity: the share, at least 0 and below 1; or a range (lowest, highest) from which each family draws its own.
         multiple_of: the number kept is a multiple of this (or the whole family) and never zero. The name of a `geta.device_profile`
             instead of a number aligns channels: of heads with 64 channels each any number is a multiple of 16 channels.
-        uniform: families that repeat across layers (`geta.graph.families.repeated`) draw one share together and lose equal numbers.
+        uniform: families that repeat across layers (`geta.graph.configured.tied`) draw one share together and lose equal numbers.
         """
         low, high = sparsity if isinstance(sparsity, tuple) else (sparsity, sparsity)
         if not 0 <= low <= high < 1:
@@ -145,7 +146,7 @@ class DependencyGraph:
         generator = torch.Generator(device="cpu").manual_seed(seed)
         shares: dict[str, float] = {}
         families = self.prunable_families
-        for tie in (repeated(families) if uniform else [[family] for family in families]) if low < high else ():
+        for tie in (tied(self.model, families) if uniform else [[family] for family in families]) if low < high else ():
             drawn = low + (high - low) * float(torch.rand((), generator=generator, device="cpu", dtype=torch.float64))
             shares.update({family.name: drawn for family in tie})
         selection = {}

@@ -2,7 +2,8 @@
 
 `torch.nn.utils.parametrize` renames `conv.weight` to `conv.parametrizations.weight.original`. A dependency graph speaks
 only of `conv.weight`; `canonical_name` and `find_tensor` translate, so that a graph made before quantization works after it and
-the reverse. What `torch.compile` and `DistributedDataParallel` put around a model is no part of the user's names either.
+the reverse. What `torch.compile`, `DistributedDataParallel` and torch's checkpoint wrapper put around modules is no part of the user's
+names either.
 Several stored tensors of one parametrization (`original0`, `original1` of a weight norm) keep their own names.
 """
 
@@ -16,14 +17,19 @@ from torch import nn
 
 from geta.errors import BadModelError
 
-_COMPILED = re.compile(r"(?:^|(?<=\.))_orig_mod(?:\.|$)")
+_WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_checkpoint_wrapped_module)(?:\.|$)")
 _SLICED = re.compile(r"(?:^|(?<=\.))slice\((None|\d+), (?:None|-?\d+), (None|\d+)\)\.(\d+)(?=\.|$)")
 _PARAMETRIZED = re.compile(r"(?:^|(?<=\.))parametrizations\.([^.]+)\.original$")
 
 
 def canonical_name(name: str) -> str:
     """Return the user's name of a tensor: `a.parametrizations.weight.original` -> `a.weight`."""
-    return _COMPILED.sub("", _PARAMETRIZED.sub(r"\1", name))
+    return _WRAPPERS.sub("", _PARAMETRIZED.sub(r"\1", name))
+
+
+def without_wrappers(name: str) -> str:
+    """A name as it was before `torch.compile` and torch's checkpoint wrapper: `_orig_mod.a._checkpoint_wrapped_module.b` -> `a.b`."""
+    return _WRAPPERS.sub("", name).rstrip(".")
 
 
 def canonical_module(path: str) -> str:
@@ -32,7 +38,7 @@ def canonical_module(path: str) -> str:
     `torch.export` names a module reached through a slice of its list by that slice: `layers.slice(1, None, None).0` -> `layers.1`.
     """
     head, marker, _ = path.partition("parametrizations.")
-    return _SLICED.sub(_position, _COMPILED.sub("", head if marker else path).rstrip("."))
+    return _SLICED.sub(_position, without_wrappers(head if marker else path))
 
 
 def _position(found: re.Match[str]) -> str:
@@ -41,12 +47,14 @@ def _position(found: re.Match[str]) -> str:
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The user's own module inside `DistributedDataParallel`, `DataParallel` and `torch.compile`, in whatever order they were put on."""
+    """The user's own module inside `DistributedDataParallel`, `DataParallel`, `torch.compile` and checkpoint wrappers, in any order."""
     while True:
         if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
             model = model.module
         elif _is_compiled(model):
             model = model._orig_mod  # type: ignore[assignment]
+        elif _is_checkpointed(model):
+            model = model._checkpoint_wrapped_module  # type: ignore[assignment]
         else:
             return model
 
@@ -57,11 +65,17 @@ def _is_compiled(module: nn.Module) -> bool:
     return compiler is not None and isinstance(module, compiler.OptimizedModule)
 
 
+def _is_checkpointed(module: nn.Module) -> bool:
+    """Whether torch's `checkpoint_wrapper` is around it; loaded only where something was wrapped."""
+    wrapper = sys.modules.get("torch.distributed.algorithms._checkpoint.checkpoint_wrapper")
+    return wrapper is not None and isinstance(module, wrapper.ActivationWrapper)
+
+
 def _submodule(model: nn.Module, path: str) -> nn.Module | None:
     module: nn.Module | None = unwrap(model)
     for part in path.split(".") if path else ():
         module = module._modules.get(part) if module is not None else None
-        if module is not None and _is_compiled(module):
+        if module is not None and (_is_compiled(module) or _is_checkpointed(module)):
             module = unwrap(module)
     return module
 

@@ -12,6 +12,7 @@ from geta.devices import resolve_multiple
 from geta.errors import ConfigError
 from geta.graph import DependencyGraph, analyze
 from geta.integrations.forward import own_forward
+from geta.integrations.sharding import Skeleton, gathered
 from geta.optim import QASSO, Budget, Schedule
 from geta.optim.setup import check_uniform
 from geta.quant import STE, BitsLike, Surrogate, end_layers, quantize
@@ -86,6 +87,7 @@ class Compressor:
         self._multiple_of = multiple_of
         self._uniform = check_uniform(uniform)
         self._optimizer: QASSO | None = None
+        self._skeleton: Skeleton | None = None
         if quantized:
             excluded: Any = {} if exclude is None else {"exclude": exclude}
             quantize(
@@ -180,12 +182,27 @@ class Compressor:
         removed groups are zero and every bit width is an integer; GetaError when the network costs more than the budget.
         """
         self.check()
-        with own_forward(self.model):
-            small = compact(self.model, self.graph, product=product)
+        model, graph = self.gathered()
+        with own_forward(model):
+            small = compact(model, graph, product=product)
             if self._target is not None and self._optimizer is not None:
-                counted = small if isinstance(small, CompactModel) else compact(self.model, self.graph)  # whose integers a budget counts
+                counted = small if isinstance(small, CompactModel) else compact(model, graph)  # whose integers a budget counts
                 self._optimizer.check_cost(counted.cost)
         return small
+
+    def expect_sharding(self, skeleton: Skeleton) -> None:
+        """Note that the model's parameters are about to be spread over ranks, see `geta.integrations.sharding.prepare_sharding`."""
+        if self._target is not None and self._optimizer is None:
+            self._target = self._target.bind(self.graph)
+        self._skeleton = skeleton
+
+    def gathered(self) -> tuple[nn.Module, DependencyGraph]:
+        """The trained model and its graph, as `geta.compact` and `geta.save_pretrained` take them.
+
+        Where accelerate has sharded the model, a whole copy on every rank and on the device that the model was on before: a collective
+        operation, which needs memory for all weights. Otherwise the model itself.
+        """
+        return (self.model, self.graph) if self._skeleton is None else gathered(self._skeleton, self.model, self.graph)
 
     def check(self) -> None:
         """Assert that training has kept what was promised: exactly K zero groups, integer bit widths in their ranges, costs as planned.

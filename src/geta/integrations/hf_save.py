@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from geta.errors import BadModelError, CheckpointError, ConfigError
 from geta.export.compressed_tensors import PackedFile, checked_widths, packed_file
 from geta.graph import DependencyGraph
+from geta.graph.configured import is_pretrained
 from geta.graph.families import Selection
 from geta.graph.names import canonical_name, unwrap
 from geta.graph.preserve import mode_of, without_caches
@@ -26,7 +27,6 @@ from geta.integrations.hf_record import Record, attributes_of
 from geta.quant import fixed_quantizers, quantizers
 from geta.subnet import EagerProduct, compact, compact_eager
 from geta.subnet.comparison import max_difference
-from geta.subnet.pretrained import is_pretrained
 from geta.subnet.removal import TOLERANCE, checked_selection
 
 if TYPE_CHECKING:
@@ -204,13 +204,14 @@ def _packed(small: CompactModel, plan: _Plan, widths: Sequence[int]) -> PackedFi
     """The integer weights in a way in which transformers can compute with them.
 
     It unpacks weights when the whole model is called for the first time. Generation with an encoder and a decoder calls the encoder
-    alone, so that weights have to be unpacked while they are loaded; then all have one width, and inputs are not quantized.
+    alone, so that weights have to be unpacked while they are loaded; then all have one width and one size of groups, and inputs are not
+    quantized.
     """
     file = packed_file(small, widths)
     if not plan.config.is_encoder_decoder or not file.packed:
         return file
     reason = "transformers unpacks the weights of encoder-decoder models while it loads them, and quantizes no inputs then"
-    file = packed_file(small, [max(file.packed.values())], no_inputs=reason)
+    file = packed_file(small, [max(file.packed.values())], no_inputs=reason, alike=True)
     file.config["dequantize"] = True
     return file
 

@@ -25,6 +25,7 @@ from geta.errors import ConfigError
 from geta.graph.names import canonical_name, unwrap
 from geta.integrations.compressor import Compressor
 from geta.integrations.logs import check_length, facts, unfinished
+from geta.integrations.sharding import prepare_sharding
 from geta.optim import QASSO, Schedule
 from geta.optim.wrapper import WrappingOptimizer
 from geta.subnet import CompactModel
@@ -66,8 +67,11 @@ class GetaCallback(TrainerCallback):
     def attach(self, trainer: Any) -> GetaCallback:
         """Let `trainer` train with the compressor's optimizer; returns this callback.
 
+        With FSDP2 (`fsdp=True, fsdp_config={"version": 2}`) the model is sharded before the optimizer is wrapped, and `finish` gathers it.
+
         Raises ConfigError for a Trainer of another model, one whose optimizer is wrapped already, and settings that can't work:
-        `load_best_model_at_end` (the best model may be one from before the cool-down), `auto_find_batch_size`, FSDP and DeepSpeed.
+        `load_best_model_at_end` (the best model may be one from before the cool-down), `auto_find_batch_size`, DeepSpeed, and what
+        `geta.integrations.sharding.prepare_sharding` refuses.
         """
         if self._attached:
             raise ConfigError("this callback already belongs to a Trainer: make a new Compressor and a new GetaCallback for another run")
@@ -75,7 +79,10 @@ class GetaCallback(TrainerCallback):
         make, make_both = trainer.create_optimizer, trainer.create_optimizer_and_scheduler
 
         def create_optimizer(*args: Any, **kwargs: Any) -> Any:
-            if self.optimizer is None:
+            if self.optimizer is None and trainer.is_fsdp_enabled:
+                prepare_sharding(self.compressor, trainer.accelerator)
+                make(*args, **kwargs)  # the plain one: ours would hold on to whole weights while they are sharded
+            elif self.optimizer is None:
                 trainer.optimizer = self._wrapped(make(*args, **kwargs), self._steps or trainer.state.max_steps)
             return trainer.optimizer
 
@@ -83,6 +90,8 @@ class GetaCallback(TrainerCallback):
             self._steps = num_training_steps
             make_both(num_training_steps)
 
+        if trainer.is_fsdp_enabled:
+            self._wrap_when_sharded(trainer)
         trainer.create_optimizer = create_optimizer
         trainer.create_optimizer_and_scheduler = create_optimizer_and_scheduler  # what older versions call, before `state` knows the steps
         trainer.callback_handler.callbacks.insert(0, self)  # before those that print or send the logs
@@ -97,7 +106,10 @@ class GetaCallback(TrainerCallback):
     def finish(self, product: Literal["eager", "auto"]) -> nn.Module: ...
 
     def finish(self, product: Product = "graph") -> nn.Module:
-        """The compact model after training, see `Compressor.finish`. Raises ConfigError when training ended before the cool-down."""
+        """The compact model after training, see `Compressor.finish`. Raises ConfigError when training ended before the cool-down.
+
+        With FSDP2 every rank has to call it (weights are gathered) and gets the same model.
+        """
         return self.compressor.finish(product)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -142,6 +154,18 @@ class GetaCallback(TrainerCallback):
         self.optimizer = self.compressor.wrap(made, schedule=self._schedule(steps), compression=self._compression)
         return self.optimizer
 
+    def _wrap_when_sharded(self, trainer: Any) -> None:
+        """Wrap the optimizer when the learning-rate scheduler is made, which the Trainer does once accelerate has sharded the model."""
+        make = trainer.create_scheduler
+
+        def create_scheduler(num_training_steps: int, *args: Any, **kwargs: Any) -> Any:
+            if self.optimizer is None:
+                prepared = trainer.optimizer  # accelerate's, around the plain one
+                prepared.optimizer = self._wrapped(prepared.optimizer, num_training_steps)
+            return make(num_training_steps, *args, **kwargs)
+
+        trainer.create_scheduler = create_scheduler
+
     def _refuse(self, trainer: Any) -> None:
         if trainer.model_init is not None:
             raise ConfigError("this Trainer makes its model itself (model_init=...), and another one for each run: pass it a model")
@@ -164,8 +188,19 @@ class GetaCallback(TrainerCallback):
                 "load_best_model_at_end may bring back a model from before the cool-down, whose groups and bit widths aren't final: "
                 "switch it off"
             )
-        if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
-            raise ConfigError("FSDP and DeepSpeed through the Trainer aren't supported: docs/distributed.md shows a loop with fully_shard")
+        if trainer.is_deepspeed_enabled:
+            raise ConfigError(
+                "DeepSpeed puts an optimizer of its own around flattened copies of the weights, in which rows and channels can't be found: "
+                "use FSDP2 (fsdp=True), which shards as well"
+            )
+        if trainer.is_fsdp_xla_enabled:
+            raise ConfigError("FSDP of XLA (fsdp_config={'xla': True}) isn't supported: use DistributedDataParallel, or FSDP2 on GPUs")
+        if trainer.args.fsdp and not trainer.is_fsdp_enabled:
+            warnings.warn(
+                f"fsdp={trainer.args.fsdp!r} has no effect: accelerate shards on accelerators only, so that here every process trains a "
+                "whole copy",
+                stacklevel=3,
+            )
 
 
 def _name_tied(model: nn.Module) -> None:

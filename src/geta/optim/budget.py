@@ -169,6 +169,10 @@ class BudgetTarget:
         assert all(reached[kind] <= limit for kind, limit in self.limits.items()), (reached, self.limits)
         return plan
 
+    def follow(self, index: GroupIndex) -> None:
+        """Take the same groups in the tensors that the model has now, so that those it had can go."""
+        self._index = index
+
     def costs(self, removed: Sequence[int] | np.ndarray, bits: Sequence[float]) -> dict[str, float]:
         """Costs of the compact model for counts [F] of the index's families and bits [L] of the bank."""
         counts, widths = np.zeros(len(self.model.families), dtype=np.int64), np.zeros(len(self.model.quantizers))

@@ -53,8 +53,9 @@ class QASSO(StructuredOptimizer):
                      {4, 8} allows these two alone: the last period before the cool-down brings each quantizer to the nearer one.
     schedule:        a `Schedule`, or the planned number of steps.
     multiple_of:     each family keeps a multiple of this many groups, or all; or the name of a `geta.device_profile`: of so many channels.
-    uniform:         families that repeat across layers (`geta.graph.families.repeated`: the MLPs of all decoder layers, say) lose equal
-                     numbers of groups, which ones may differ: then one Hugging Face configuration describes the result.
+    uniform:         families that repeat across layers (`geta.graph.families.repeated`: the MLPs of all decoder layers, say) and those
+                     that one number of a Hugging Face configuration sizes (`geta.graph.configured.tied`) lose equal numbers of groups,
+                     which ones may differ: then one configuration describes the result, where it has words for it.
     saliency:        see `geta.optim.saliency.Saliency`.
     quant_lr:        learning rate of d, q_m and t (their group's `lr`, weight decay 0).
     forgetting:      "descent" (as published), "uniform", "cosine" or "blend", see `geta.optim.forget`.

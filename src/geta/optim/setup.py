@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from torch import nn
 
 from geta.errors import ConfigError
-from geta.graph.families import Family, repeated
+from geta.graph.configured import tied
+from geta.graph.families import Family
 from geta.optim.groups import Graph
 from geta.optim.schedule import Schedule
 from geta.quant import Bits, BitsLike, Quantizer, fixed_quantizers, quantizers
@@ -33,16 +34,16 @@ def check_uniform(uniform: bool) -> bool:
     return uniform
 
 
-def ties_of(families: Sequence[Family]) -> list[list[int]]:
+def ties_of(graph: Graph, families: Sequence[Family]) -> list[list[int]]:
     """Places of the families that repeat across layers, for `Selector`."""
     place = {family.name: number for number, family in enumerate(families)}
-    return [[place[family.name] for family in tie] for tie in repeated(families)]
+    return [[place[family.name] for family in tie] for tie in tied(graph.model, families)]
 
 
 def unevenly_prunable(graph: Graph) -> list[str]:
     """In words, which families stay whole although others that are the same part of other layers don't."""
     notes = []
-    for tie in repeated(graph.families):
+    for tie in tied(graph.model, graph.families):
         whole = [family.name for family in tie if not family.prunable]
         if 0 < len(whole) < len(tie):
             notes.append(

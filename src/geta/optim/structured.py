@@ -67,7 +67,7 @@ class StructuredOptimizer(WrappingOptimizer):
             refuse_unprunable(graph, sparsity)
         self._uniform = check_uniform(uniform)
         families = self._index.families
-        ties = ties_of(families) if uniform else []
+        ties = ties_of(graph, families) if uniform else []
         selector = Selector(self._index.sizes, wanted, multiple_of, [family.channels for family in families], ties=ties)
         if (selector.target or target) and not schedule.joint_steps:
             what = "a budget is to be met" if target else f"{selector.target} groups are to be removed"
@@ -136,6 +136,8 @@ class StructuredOptimizer(WrappingOptimizer):
                 f"last, after fully_shard and whatever else gives the model new parameters"
             )
         self._pruner = self._new_pruner(old.selector, old.saliency, old.forgetting)
+        if self._target is not None:
+            self._target.follow(self._index)
         self._rebound()
         self._load_extra_state(state)
 

@@ -16,6 +16,7 @@ import torch.utils._pytree as pytree
 from torch import nn
 
 from geta.errors import BadModelError
+from geta.graph.configured import is_pretrained
 from geta.graph.dependency import DependencyGraph, analysed
 from geta.graph.families import Selection
 from geta.graph.names import canonical_name, find_tensor, unwrap
@@ -26,7 +27,7 @@ from geta.quant.quantizer import Quantizer
 from geta.subnet.attributes import Change, Cut, Sizes, applied, apply, torch_changes
 from geta.subnet.blocks import cut_blocks_of_modules
 from geta.subnet.comparison import max_difference
-from geta.subnet.pretrained import Fit, UnfitError, fitting_configs, is_pretrained
+from geta.subnet.pretrained import Fit, UnfitError, fitting_configs
 from geta.subnet.removal import TOLERANCE, checked_selection, kept_by_name, sliced, zeroed
 from geta.subnet.rewrite import Kept
 from geta.subnet.trials import Bench, type_and_line

@@ -7,25 +7,18 @@ the meta device (no memory, no weights) until every tensor has the wanted shape.
 from __future__ import annotations
 
 import copy
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import nn
 
+from geta.graph.configured import Number, build_empty, config_numbers, is_config
 from geta.subnet.attributes import HEAD_COUNTS, Change, Sizes, apply
 from geta.subnet.trials import type_and_line
 
 MOST_BUILDS = 200
 _Shapes = Mapping[str, tuple[int, ...]]
-
-
-def is_pretrained(model: nn.Module) -> bool:
-    """Whether the model is one of `transformers`; the library is not imported for that."""
-    library = sys.modules.get("transformers.modeling_utils")
-    return library is not None and isinstance(model, library.PreTrainedModel)
 
 
 @dataclass(frozen=True)
@@ -43,28 +36,6 @@ class Fit:
             setattr(model.get_submodule(path), name, record)
         for change in self.changes:
             apply(model, change)
-
-
-@dataclass(frozen=True)
-class _Number:
-    """A number of a (nested) configuration: where it stands, and its place in a list."""
-
-    path: tuple[str, ...]
-    place: int | None
-    value: int | None
-
-    def set(self, config: Any, value: int) -> None:
-        for name in self.path[:-1]:
-            config = getattr(config, name)
-        if self.place is None:
-            setattr(config, self.path[-1], value)
-        else:
-            items = list(getattr(config, self.path[-1]))
-            items[self.place] = value
-            setattr(config, self.path[-1], type(getattr(config, self.path[-1]))(items))
-
-    def __str__(self) -> str:
-        return ".".join(self.path) + ("" if self.place is None else f"[{self.place}]")
 
 
 @dataclass(frozen=True)
@@ -108,8 +79,7 @@ class _Search:
 
     def build(self, config: Any) -> nn.Module:
         self._builds += 1
-        with torch.device("meta"):
-            return self._kind(copy.deepcopy(config))
+        return build_empty(self._kind, config)
 
     def wrong(self, model: nn.Module) -> int:
         """How many tensors are missing, left over, or of another shape, and by how many dimensions."""
@@ -141,8 +111,8 @@ class _Search:
             if wrong < left:
                 yield _Step(wrong, trial, f"config.{number}: {number.value} -> {value}", number.path[-1] in HEAD_COUNTS)
 
-    def _proposals(self, config: Any) -> Iterator[tuple[_Number, int]]:
-        for number in _numbers(config):
+    def _proposals(self, config: Any) -> Iterator[tuple[Number, int]]:
+        for number in config_numbers(config):
             value = number.value
             pairs = [*self._sizes.counts, *self._sizes.tensors]
             if value is None:
@@ -165,18 +135,6 @@ def _distance(wanted: tuple[int, ...] | None, found: tuple[int, ...] | None) -> 
     return sum(a != b for a, b in zip(wanted, found, strict=True))
 
 
-def _numbers(config: Any, path: tuple[str, ...] = ()) -> Iterator[_Number]:
-    for name, value in vars(config).items():
-        if name.startswith("_") or name.endswith("_token_id"):
-            continue
-        if value is None or (type(value) is int and value > 0):
-            yield _Number((*path, name), None, value)
-        elif isinstance(value, (list, tuple)):
-            yield from (_Number((*path, name), place, item) for place, item in enumerate(value) if type(item) is int and item > 0)
-        elif _is_config(value):
-            yield from _numbers(value, (*path, name))
-
-
 def _differences(before: nn.Module, after: nn.Module) -> tuple[list[Change], list[tuple[str, str, Any]]]:
     """Attributes of modules that the configuration decides, and the configurations that modules hold."""
     changes: list[Change] = []
@@ -187,16 +145,12 @@ def _differences(before: nn.Module, after: nn.Module) -> tuple[list[Change], lis
             now: Any = vars(modules[path]).get(name)
             if name.startswith("_") or type(now) is not type(value):
                 continue
-            if _is_config(value):
-                if _is_config(now) and value.to_dict() != now.to_dict():
+            if is_config(value):
+                if is_config(now) and value.to_dict() != now.to_dict():
                     records.append((path, name, now))
             elif _plain(value) and now != value:
                 changes.append(Change(path, (name,), value, now))
     return changes, records
-
-
-def _is_config(value: object) -> bool:
-    return isinstance(value, sys.modules["transformers.configuration_utils"].PreTrainedConfig)
 
 
 def _plain(value: object) -> bool:
