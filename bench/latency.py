@@ -1,9 +1,10 @@
 """Are compact networks faster where they run? Half of the groups removed, 8-bit weights and activations: `python -m bench.latency`.
 
-ResNet-18 and -50, MobileNetV2, a small ViT, BERT-base and a Llama of 100 million parameters, all with random weights, which speed
-doesn't depend on. Per network and batch size, in one process and in turn: PyTorch on the dense network and on the pruned one in floating
-point; ONNX Runtime on the dense network in floating point, the quantized network with nothing removed, and the pruned and quantized one.
-A ratio is one of medians. Size on disk is compared with the sum of bits: every weight at its width, everything else in its dtype.
+ResNet-18 and -50, MobileNetV2, a small ViT, BERT-base, a Llama of 100 million parameters and the demo's network, all with random weights,
+which speed doesn't depend on. Per network and batch size, in one process and in turn: PyTorch on the dense network and on the pruned one
+in floating point; ONNX Runtime on the dense network in floating point, the quantized network with nothing removed, and the pruned and
+quantized one. A ratio is one of medians. Size on disk is compared with the sum of bits: every weight at its width, everything else in its
+dtype.
 Results: bench/results/latency_<date>.md, and a record per network in bench/results/latency/, which a later call reuses (`--fresh` doesn't).
 """
 
@@ -94,6 +95,12 @@ def _resnet(depths: Sequence[int], *, bottleneck: bool) -> nn.Module:
     return _Logits(ResNetForImageClassification(config))
 
 
+def _demo() -> nn.Module:
+    from geta.recipes.nets.resnet import resnet20
+
+    return resnet20()
+
+
 def _mobilenet() -> nn.Module:
     from transformers import MobileNetV2Config, MobileNetV2ForImageClassification
 
@@ -134,6 +141,7 @@ NETS = (
     Net("mobilenet_v2", "MobileNetV2, 224 x 224", _mobilenet, _images),
     Net("vit_small", "ViT-small, 224 x 224", _vit, _images),
     Net("bert_base", "BERT-base, 128 tokens", _bert, _ids(128, 30522)),
+    Net("demo", "ResNet-20, 8 x 8, the demo's", _demo, lambda batch: {"x": torch.rand(batch, 1, 8, 8)}),
     Net("llama_100m", "Llama of 98 M parameters, 128 tokens", _llama, _ids(128, 8192)),
 )
 
@@ -196,7 +204,8 @@ def render(net: Net, record: Mapping[str, Any]) -> list[list[str]]:
         size = record["sizes"]["disk"] / record["sizes"]["bits"]
         ratios = (f"{eager / pruned:.2f}", f"{floats / both:.2f}", f"{whole / both:.2f}")
         reasons = f"{len(record['floating'])} of {len(record['floating']) + record['integer']} layers"
-        rows.append([net.words, batch, *(f"{one:.1f}" for one in ms), *ratios, f"{size:.3f}", f"{record['macs']:.0%}", reasons])
+        shown = (f"{one:.1f}" if one >= 1 else f"{one:.3f}" for one in ms)
+        rows.append([net.words, batch, *shown, *ratios, f"{size:.3f}", f"{record['macs']:.0%}", reasons])
     return rows
 
 

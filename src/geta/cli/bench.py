@@ -82,22 +82,20 @@ def _check_numbers(batches: Sequence[int], threads: int, rounds: int) -> None:
 
 
 def latency_table(found: Measured) -> Table:
-    """Median and 95th percentile of every candidate; ratios to the dense network in ONNX Runtime, or else in PyTorch."""
+    """A row per batch size and candidate: median, 95th percentile, ratio to the dense network in ONNX Runtime, or else in PyTorch."""
     from rich.table import Table
 
     table = Table(title="Milliseconds per call", title_justify="left")
-    table.add_column("")
-    for batch in found.latency:
-        for heading in (f"batch {batch}, median", "p95", "times faster"):
-            table.add_column(heading, justify="right")
-    names = list(next(iter(found.latency.values()), {}))
+    for heading in ("batch", "network"):
+        table.add_column(heading, justify="right" if heading == "batch" else "left")
+    for heading in ("median", "p95", "times faster"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    names = sorted(next(iter(found.latency.values()), {}), reverse=True)
     base = next((name for name in ("dense, ONNX Runtime, floats", "dense, PyTorch") if name in names), None)
-    for name in sorted(names, reverse=True):
-        cells = [name]
-        for times in found.latency.values():
+    for batch, times in found.latency.items():
+        for name in names:
             ratio = "" if base is None else f"{times[base].median / times[name].median:.2f}"
-            cells += [f"{times[name].median:.3f}", f"{times[name].p95:.3f}", ratio]
-        table.add_row(*cells)
+            table.add_row(str(batch), name, f"{times[name].median:.3f}", f"{times[name].p95:.3f}", ratio, end_section=name == names[-1])
     if base is not None:
         table.caption = f"times faster: than {base}"
         table.caption_justify = "left"
