@@ -78,9 +78,20 @@ def branch_of(branches: Iterable[ResidualBranch], family: Family) -> ResidualBra
     return next((branch for branch in branches if not branch.reason and set(branch.makers) == makers), None)
 
 
-def dead_without(graph: fx.Graph, gone: Sequence[ResidualBranch]) -> set[fx.Node]:
-    """The nodes that nobody needs any more once these branches are gone, of those that somebody needs now."""
-    return set(_needed(graph, {})) - set(_needed(graph, replacements(gone)))
+def dead_without(captured: Capture, gone: Sequence[ResidualBranch]) -> set[fx.Node]:
+    """The nodes that nobody needs any more once these branches are gone, of those that somebody needs now.
+
+    What counts the calls of a batch normalization that goes (it writes into a buffer that nobody else reads) goes with it.
+    """
+    graph = captured.graph
+    dead = set(_needed(graph, {})) - set(_needed(graph, replacements(gone)))
+    norms = {captured.module_path(node) for node in dead if operator_name(node.target) == "aten::batch_norm"}
+    for node in graph.nodes if norms else ():
+        written = written_by(node)
+        if written and not node.users and captured.module_path(node) in norms:
+            if all(one.op == "placeholder" and set(one.users) == {node} for one in written):
+                dead.update((node, *written))
+    return dead
 
 
 def replacements(gone: Sequence[ResidualBranch]) -> dict[fx.Node, fx.Node | None]:
@@ -222,8 +233,8 @@ class _Finder:
         zeros = self._zeros(value, stream, known)
         if isinstance(zeros, str):
             return replace(branch, reason=zeros)
-        dead = dead_without(self.captured.graph, [branch])
-        reason = self._hindrance(zeros, dead.union(sums))
+        dead = dead_without(self.captured, [branch])
+        reason = self._hindrance(zeros, dead.union(sums), sums[0])
         if reason:
             return replace(branch, reason=reason)
         zeros = self._with_layer_below(zeros)
@@ -290,7 +301,7 @@ class _Finder:
             reason = reason or problem
         return reason
 
-    def _hindrance(self, zeros: _Zeros, inside: AbstractSet[fx.Node]) -> str:
+    def _hindrance(self, zeros: _Zeros, inside: AbstractSet[fx.Node], total: fx.Node) -> str:
         """Why what is zero with the branch can't be: something outside of it reads it or writes over it, or something divides by it."""
         if not zeros.makers:
             return "is zero already"
@@ -300,7 +311,7 @@ class _Finder:
                     what = f"'{self.names[node]}'" if node in self.names else f"the result of {self._where(node)}"
                     return f"has {what} read at {self._where(user)} too"
             for writer in self.writes.get(node, ()):
-                if writer not in inside:
+                if writer not in inside and self.place[writer] < self.place[total]:
                     return f"is written over in place at {self._where(writer)}"
         zero = self._spread(zeros.makers)
         for node in zero:
