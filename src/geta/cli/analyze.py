@@ -99,8 +99,16 @@ def analyze_command(  # noqa: PLR0913 - one parameter per option
         if file is not None:
             prepare_folder(file.parent)
     found = resolve_target(target, shape)
-    allowed = {"exact": not inexact, "protect": protect or (), "prune": only or None, "granularity": wanted, "depth": depth}
-    graph = geta.analyze(found.model, found.args, found.kwargs, **allowed)
+    graph = geta.analyze(
+        found.model,
+        found.args,
+        found.kwargs,
+        exact=not inexact,
+        protect=protect or (),
+        prune=only or None,
+        granularity=wanted,
+        depth=depth,
+    )
     typer.echo(str(graph))
     if costs:
         typer.echo(f"\n{costs_in_words(graph)}")

@@ -87,10 +87,10 @@ class DependencyGraph:
 
     def to_json(self) -> str:
         """A stable description without index maps: format 1, see docs/json-format.md."""
-        families: list[dict[str, Any]] = [
+        families = [
             {
                 **family.summary(),
-                **({"removes": list(family.removes)} if family.is_layer else {}),
+                "removes": list(family.removes),
                 "members": [
                     {"param": m.param, "dim": m.dim, "rows_per_group": int(m.index.shape[1]), "role": m.role, "zero": m.zero}
                     for m in family.members
@@ -116,7 +116,8 @@ class DependencyGraph:
     def explain(self, name: str, dim: int, index: int) -> Explanation:
         """What would removing index `index` of dimension `dim` of a tensor remove, or why can't it go and how did that come about?
 
-        name: a tensor (`layer1.0.conv1.weight`), or a module (`layer1.0.conv1`), which stands for its weight.
+        name: a tensor (`layer1.0.conv1.weight`), or a module (`layer1.0.conv1`), which stands for its weight; or a family of a whole
+            residual branch (`layer1.0 (layer)`), with dim and index 0.
         dim:  0 = the channels (neurons, heads) that a convolution or linear layer makes, 1 = those that it reads.
         Print the result, or read its fields. Raises ConfigError for a name, dimension or index that the model hasn't got.
         """

@@ -19,12 +19,12 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import fx, nn
 
+from geta.graph.aliases import memory_of, written_by
 from geta.graph.capture import Capture
+from geta.graph.context import concrete_shape
 from geta.graph.families import LAYERS, Family, Member
 from geta.graph.gates import layer_below
-from geta.graph.context import concrete_shape
 from geta.graph.names import find_tensor, first_names
-from geta.graph.propagate import bind_arguments
 from geta.graph.rules.registry import operator_name
 from geta.graph.zeros import has_pole, is_contraction, is_tensor, law
 
@@ -88,9 +88,9 @@ def dead_without(captured: Capture, gone: Sequence[ResidualBranch]) -> set[fx.No
     norms = {captured.module_path(node) for node in dead if operator_name(node.target) == "aten::batch_norm"}
     for node in graph.nodes if norms else ():
         written = written_by(node)
-        if written and not node.users and captured.module_path(node) in norms:
-            if all(one.op == "placeholder" and set(one.users) == {node} for one in written):
-                dead.update((node, *written))
+        alone = all(one.op == "placeholder" and set(one.users) == {node} for one in written)
+        if written and alone and not node.users and captured.module_path(node) in norms:
+            dead.update((node, *written))
     return dead
 
 
@@ -179,7 +179,9 @@ class _Finder:
             if stream is None or not _same_shape(other, total) or not self._between(stream, value):
                 continue
             whole = _same_dtype(other, total) and (other is pair[0] or total.kwargs.get("alpha", 1) == 1)
-            self._split(value, stream, (total,), "" if whole else f"changes the type or scale of what it is added to at {self._where(total)}")
+            self._split(
+                value, stream, (total,), "" if whole else f"changes the type or scale of what it is added to at {self._where(total)}"
+            )
             return
 
     def _split(self, value: fx.Node, stream: fx.Node, sums: tuple[fx.Node, ...], reason: str) -> None:
@@ -305,9 +307,9 @@ class _Finder:
         """Why what is zero with the branch can't be: something outside of it reads it or writes over it, or something divides by it."""
         if not zeros.makers:
             return "is zero already"
-        for node in sorted({*zeros.nodes, *self._all_of(zeros.makers)}, key=self.place.__getitem__):
+        for node in sorted({*zeros.nodes, *self._all_of(zeros.makers)}, key=self.place.__getitem__, reverse=True):
             for user in node.users:
-                if user not in inside and is_tensor(user):
+                if user not in inside and (user.op == "output" or is_tensor(user)):
                     what = f"'{self.names[node]}'" if node in self.names else f"the result of {self._where(node)}"
                     return f"has {what} read at {self._where(user)} too"
             for writer in self.writes.get(node, ()):
@@ -328,9 +330,9 @@ class _Finder:
         zero = set(self._all_of(makers))
         start = min((self.place[node] for node in zero), default=0)
         for node, place in self.place.items():
-            if place > start and node.op == "call_function" and any(source in zero for source in node.all_input_nodes):
-                if any(all(one in zero for one in option) for option in law(node)):
-                    zero.add(node)
+            touched = place > start and node.op == "call_function" and any(source in zero for source in node.all_input_nodes)
+            if touched and any(all(one in zero for one in option) for option in law(node)):
+                zero.add(node)
         return zero
 
     def _with_layer_below(self, zeros: _Zeros) -> _Zeros:
@@ -376,31 +378,8 @@ _ROWS_FIRST = ("aten::conv1d", "aten::conv2d", "aten::conv3d", "aten::linear")
 """Layers whose weight has its results along dimension 0, as the normalisation's numbers have them."""
 
 
-def memory_of(node: fx.Node) -> fx.Node:
-    """The operand whose memory the result shares, else the node itself."""
-    if node.op != "call_function" or not node.all_input_nodes:
-        return node
-    if not isinstance(node.target, torch._ops.OpOverload):
-        return node.all_input_nodes[0]
-    shares = any(result.alias_info is not None for result in node.target._schema.returns)
-    return node.all_input_nodes[0] if shares or operator_name(node.target) in _MAY_SHARE else node
-
-
-_MAY_SHARE = ("aten::reshape", "aten::contiguous", "aten::to", "aten::flatten", "aten::dropout", "aten::alias")
-"""Operators that hand their operand on where nothing has to be done, which their schemas don't say."""
-
-
-def written_by(node: fx.Node) -> list[fx.Node]:
-    """The tensors that an operator writes over."""
-    if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
-        return []
-    written = [one.name for one in node.target._schema.arguments if one.alias_info is not None and one.alias_info.is_write]
-    given = bind_arguments(node, lambda arg: arg) if written else {}
-    return [given[name] for name in written if isinstance(given.get(name), fx.Node)]
-
-
 def _around(paths: Sequence[str]) -> str:
-    """The innermost module that is around all of these, itself one of them if there is only one."""
+    """The innermost module that is around all of these, one of them if there is only one."""
     parts = [path.split(".") if path else [] for path in paths]
     common: list[str] = []
     for same in zip(*parts, strict=False):

@@ -24,7 +24,8 @@ Law = tuple[tuple[fx.Node, ...], ...]
 """Alternatives; () = never zero, ((),) = always."""
 Arguments = Mapping[str, Any]
 NEVER: Law = ()
-_LAWS: dict[Any, Callable[[fx.Node, Arguments], Law]] = {}
+Described = Callable[[Arguments], Law]
+_LAWS: dict[Any, Described] = {}
 
 
 def law(node: fx.Node) -> Law:
@@ -33,7 +34,7 @@ def law(node: fx.Node) -> Law:
         first = node.args[0] if node.args else None
         return ((first,),) if isinstance(first, fx.Node) and is_tensor(first) else NEVER  # getitem
     described = _LAWS.get(find_rule(node.target))
-    return NEVER if described is None else described(node, bind_arguments(node, lambda arg: arg))
+    return NEVER if described is None else described(bind_arguments(node, lambda arg: arg))
 
 
 def has_pole(node: fx.Node) -> tuple[fx.Node, ...]:
@@ -60,8 +61,8 @@ def is_tensor(node: fx.Node) -> bool:
     return any(isinstance(leaf, torch.Tensor) for leaf in pytree.tree_leaves(node.meta.get("val")))
 
 
-def _law(*rules: Any) -> Callable[[Callable[[fx.Node, Arguments], Law]], Callable[[fx.Node, Arguments], Law]]:
-    def register(function: Callable[[fx.Node, Arguments], Law]) -> Callable[[fx.Node, Arguments], Law]:
+def _law(*rules: Any) -> Callable[[Described], Described]:
+    def register(function: Described) -> Described:
         _LAWS.update(dict.fromkeys(rules, function))
         return function
 
@@ -97,33 +98,33 @@ def _with(base: tuple[fx.Node, ...], *options: Any) -> Law:
     reduction.index_select,
     reduction.gather,
 )
-def _first(node: fx.Node, given: Arguments) -> Law:
+def _first(given: Arguments) -> Law:
     """f(0) = 0 in the first operand, whatever the others are."""
     return (_tensors(list(given.values()))[:1],)
 
 
 @_law(data_movement.cat, data_movement.stack, elementwise.three_operands)
-def _all(node: fx.Node, given: Arguments) -> Law:
+def _all(given: Arguments) -> Law:
     return (_tensors(list(given.values())),)
 
 
 @_law(data_movement.pad)
-def _pad(node: fx.Node, given: Arguments) -> Law:
+def _pad(given: Arguments) -> Law:
     """What is added at the ends is zero too, or taken from the operand."""
-    return _first(node, given) if not given.get("value") else NEVER
+    return _first(given) if not given.get("value") else NEVER
 
 
 @_law(elementwise.sums)
-def _sum(node: fx.Node, given: Arguments) -> Law:
+def _sum(given: Arguments) -> Law:
     numbers = [number for number in (given["self"], given["other"]) if not isinstance(number, fx.Node)]
     return NEVER if any(number != 0 for number in numbers) else (_tensors(given["self"], given["other"]),)
 
 
 @_law(elementwise.products)
-def _product(node: fx.Node, given: Arguments) -> Law:
+def _product(given: Arguments) -> Law:
     """A scale behind a normalisation first; else what is scaled, so that layers count and not their scale."""
     pair = _tensors(given["self"], given["other"])
-    return tuple((one,) for one in sorted(pair, key=lambda one: (_is_normalised(one), one.op == "placeholder")))
+    return tuple((one,) for one in sorted(pair, key=lambda one: (_is_normalised(one), _is_parameter(one))))
 
 
 def _is_normalised(node: fx.Node) -> bool:
@@ -139,18 +140,18 @@ def _is_normalised(node: fx.Node) -> bool:
 
 
 @_law(elementwise.quotients)
-def _quotient(node: fx.Node, given: Arguments) -> Law:
+def _quotient(given: Arguments) -> Law:
     return _with((), given["self"])
 
 
 @_law(elementwise.powers)
-def _power(node: fx.Node, given: Arguments) -> Law:
+def _power(given: Arguments) -> Law:
     exponent = given["exponent"]
     return _with((), given["self"]) if isinstance(exponent, int | float) and exponent > 0 else NEVER
 
 
 @_law(elementwise.clamps)
-def _clamp(node: fx.Node, given: Arguments) -> Law:
+def _clamp(given: Arguments) -> Law:
     low = given.get("min_val", given.get("min"))
     high = given.get("max_val", given.get("max"))
     if isinstance(low, fx.Node) or isinstance(high, fx.Node):
@@ -159,12 +160,12 @@ def _clamp(node: fx.Node, given: Arguments) -> Law:
 
 
 @_law(elementwise.threshold)
-def _threshold(node: fx.Node, given: Arguments) -> Law:
+def _threshold(given: Arguments) -> Law:
     return _with((), given["self"]) if given["value"] == 0 or given["threshold"] < 0 else NEVER
 
 
 @_law(elementwise.where)
-def _where(node: fx.Node, given: Arguments) -> Law:
+def _where(given: Arguments) -> Law:
     branches = [given.get("self"), given.get("other")]
     if any(branch is None or (not isinstance(branch, fx.Node) and branch != 0) for branch in branches):
         return NEVER
@@ -172,34 +173,34 @@ def _where(node: fx.Node, given: Arguments) -> Law:
 
 
 @_law(elementwise.masked_fill)
-def _masked_fill(node: fx.Node, given: Arguments) -> Law:
+def _masked_fill(given: Arguments) -> Law:
     return _with((), given["self"]) if not isinstance(given["value"], fx.Node) and given["value"] == 0 else NEVER
 
 
 @_law(elementwise.prelu)
-def _prelu(node: fx.Node, given: Arguments) -> Law:
+def _prelu(given: Arguments) -> Law:
     return _with((), given["self"])
 
 
 @_law(elementwise.copy)
-def _copy(node: fx.Node, given: Arguments) -> Law:
+def _copy(given: Arguments) -> Law:
     return _with((), given["src"])
 
 
 @_law(contraction.linear, contraction.convolution, contraction.conv_transpose)
-def _layer(node: fx.Node, given: Arguments) -> Law:
+def _layer(given: Arguments) -> Law:
     return _with(_tensors(given.get("bias")), given["weight"], given["input"])
 
 
 @_law(contraction.matmul, contraction.einsum)
-def _matmul(node: fx.Node, given: Arguments) -> Law:
+def _matmul(given: Arguments) -> Law:
     """Parameters first: of two activations (attention) the second, which is the value."""
     pair = _tensors(list(given.values()))
     return tuple((one,) for one in sorted(pair, key=lambda one: (not _is_parameter(one), -pair.index(one))))
 
 
 @_law(contraction.grouped_matmul)
-def _grouped(node: fx.Node, given: Arguments) -> Law:
+def _grouped(given: Arguments) -> Law:
     return tuple((one,) for one in reversed(_tensors(list(given.values()))[:2]))
 
 
@@ -211,51 +212,44 @@ def _is_parameter(node: fx.Node) -> bool:
 
 
 @_law(contraction.addmm)
-def _addmm(node: fx.Node, given: Arguments) -> Law:
+def _addmm(given: Arguments) -> Law:
     added, left, right = _tensors(list(given.values()))
     return _with((added,), *sorted((right, left), key=lambda one: not _is_parameter(one)))
 
 
 @_law(contraction.attention)
-def _attention(node: fx.Node, given: Arguments) -> Law:
+def _attention(given: Arguments) -> Law:
     return _with((), given["value"])
 
 
 @_law(normalization.batch_norm)
-def _batch_norm(node: fx.Node, given: Arguments) -> Law:
+def _batch_norm(given: Arguments) -> Law:
     """(0 - mean) / sigma isn't zero, so its own two numbers per channel have to be."""
     return _with(_tensors(given.get("bias")), given.get("weight"))
 
 
 @_law(normalization.group_norm, normalization.layer_norm)
-def _norm(node: fx.Node, given: Arguments) -> Law:
+def _norm(given: Arguments) -> Law:
     return _with(_tensors(given.get("bias")), given.get("weight"), given["input"])
 
 
 @_law(quantizers.fake_quantize, quantizers.dequantize)
-def _quantizer(node: fx.Node, given: Arguments) -> Law:
-    return _first(node, given)
+def _quantizer(given: Arguments) -> Law:
+    return _first(given)
 
 
 @_law(quantizers.lsq_quantize)
-def _lsq(node: fx.Node, given: Arguments) -> Law:
+def _lsq(given: Arguments) -> Law:
     """The binary one has no zero."""
     return NEVER if given["bits"] == 1 and given["quant_min"] < 0 else _with((), given["x"])
 
 
 @_law(quantizers.fake_quantize_affine)
-def _affine(node: fx.Node, given: Arguments) -> Law:
+def _affine(given: Arguments) -> Law:
     """A zero point that is an integer maps zero to zero."""
     point = given.get("zero_point", given.get("zero_points"))
     whole = not isinstance(point, fx.Node) or not point.meta["val"].is_floating_point()
-    return _first(node, given) if whole else NEVER
-
-
-@_law(factories.filled)
-def _filled(node: fx.Node, given: Arguments) -> Law:
-    fills = {"aten::zeros": 0, "aten::new_zeros": 0, "aten::ones": 1, "aten::new_ones": 1}
-    fill = fills.get(node.target._schema.name, given.get("fill_value"))  # type: ignore[union-attr]
-    return ((),) if fill == 0 else NEVER
+    return _first(given) if whole else NEVER
 
 
 _CONTRACTIONS = (

@@ -74,7 +74,7 @@ class Compressor:
             raise ConfigError(f"sparsity = {sparsity}: it is the share of the groups to remove, from 0 to below 1")
         resolve_multiple(multiple_of)
         quantized = weight_bits is not None or activation_bits is not None
-        if not quantized and sparsity == 0.0:
+        if not quantized and sparsity == 0.0 and not layer_sparsity:
             raise ConfigError("sparsity = 0 and no bit widths: nothing would become smaller; set sparsity, weight_bits or activation_bits")
         chosen = {"surrogate": surrogate, "group_size": group_size, "exclude": exclude, "calibration": calibration, "end_bits": end_bits}
         if not quantized and (granularity != "tensor" or any(value is not None for value in chosen.values())):

@@ -42,7 +42,8 @@ from geta.optim.observe import OBSERVERS, Observation
 class GroupStatistics:
     """What a criterion may look at, one number per group (all [G]).
 
-    norm: ||x_g||. size: |g|, elements. direction: ||grad_g||. inner: <x_g, grad_g>. family: id of the group's family (int64), the same for residual branches of a set.
+    norm: ||x_g||. size: |g|, elements. direction: ||grad_g||. inner: <x_g, grad_g>. family: id of the group's family (int64), the
+    same for residual branches of a set.
     An element that a group owns along two dimensions of one tensor counts twice, in all of them alike.
     A whole residual branch, a group of thousands of rows, counts as one of its rows does on average: sums over its elements are divided
     by the number of rows, so that it compares with the channels of other layers and doesn't decide how criteria are normalised.

@@ -73,8 +73,8 @@ class Selector:
         self.note = ""
         if self.layer_target != wanted_layers:
             self.note = (
-                f"{wanted_layers} of {len(layered)} residual branches were to be removed; {self.layer_target} is the most possible, because "
-                f"of those that repeat across layers, and of the others together, at least one stays"
+                f"{wanted_layers} of {len(layered)} residual branches were to be removed; {self.layer_target} is the most possible, "
+                f"because of those that repeat across layers, and of the others together, at least one stays"
             )
         if ordinary != wanted:
             rule = "no family may be emptied" if self.largest == 1 else f"every family keeps a multiple of {self._words()} groups or all"

@@ -41,7 +41,9 @@ def layer_share(index: GroupIndex, given: float | None, sparsity: float, *, budg
         if budget:
             raise ConfigError(f"both layer_sparsity = {given} and a budget are given: the budget decides which branches go; drop one")
         if given > 0.0 and not index.layers:
-            raise ConfigError(f"layer_sparsity is {given}, but the graph has no residual branch that can go: use geta.analyze(..., depth=True)")
+            raise ConfigError(
+                f"layer_sparsity is {given}, but the graph has no residual branch that can go: use geta.analyze(..., depth=True)"
+            )
     if uniform and index.layers:
         raise ConfigError(NO_UNIFORM_LAYERS)
     return sparsity if given is None else given

@@ -12,8 +12,9 @@ import torch
 from torch import fx
 
 from geta.errors import BadModelError
-from geta.graph.depth import ResidualBranch, branch_of, dead_without, memory_of, replacements, written_by
+from geta.graph.aliases import memory_of, written_by
 from geta.graph.dependency import Analysis, DependencyGraph
+from geta.graph.depth import ResidualBranch, branch_of, dead_without, replacements
 from geta.graph.families import Family, Selection
 
 
