@@ -233,7 +233,7 @@ class BudgetTarget:
     def _worth(self, family: int, scores: np.ndarray) -> float:
         """What a residual branch is worth, in scores of groups."""
         place = self._index.starts[family]
-        own = float(scores[place]) * float(self._index.parts_G[place])
+        own = float(scores[place]) * self._index.rows_of(family)
         return max(own, float(scores[self._inside[family]].sum()))
 
     def _dearest(self, scores_G: np.ndarray) -> set[int]:

@@ -106,7 +106,6 @@ class GroupIndex:
 
     Whole residual branches come last. layers: sets of them, by place of the family, each of which keeps at least one.
     compared_G: family of each group for comparisons within a family, where the branches of a set are one.
-    parts_G: of how many rows a group consists that other layers have as groups: 1, of a whole residual branch the rows of its makers.
 
     Raises BadModelError when the graph doesn't fit its model (tensor missing, index outside, a row in two groups).
     """
@@ -128,15 +127,21 @@ class GroupIndex:
         self.device = _beside(self.parameters[0].tensor) if self.parameters else torch.device("cpu")
         self.dtype = _accumulator(entry.tensor for entry in self.parameters)
         self._compile_rows([whole for _, whole in trained])
-        layers = layer_sets(self.families)
         place = {family.name: number for number, family in enumerate(self.families)}
-        self.layers = [[place[family.name] for family in together] for together in layers]
-        rows = [max(member.index.shape[1] for member in family.zeroed) if family.is_layer else 1 for family in self.families]
-        kind = np.arange(len(self.families))
-        for together in self.layers:
-            kind[together] = together[0]
-        self.compared_G = torch.from_numpy(np.repeat(kind, self.sizes).astype(np.int64)).to(self.device)
-        self.parts_G = torch.from_numpy(np.repeat(np.array(rows, np.int64), self.sizes)).to(self.device)
+        self.layers = [[place[family.name] for family in together] for together in layer_sets(self.families)]
+        self.compared_G: Tensor = self.family_of_G
+        self._parts_G: Tensor | None = None
+        if self.layers:
+            self._compile_layers()
+
+    def average(self, sums_G: Tensor) -> Tensor:
+        """Sums over the elements of each group [G], of whole residual branches divided by the number of rows that make them."""
+        return sums_G if self._parts_G is None else sums_G / self._parts_G
+
+    def rows_of(self, family: int) -> int:
+        """How many rows make a group of the family that other layers have as groups of their own: of a residual branch all, else one."""
+        found = self.families[family]
+        return max(member.index.shape[1] for member in found.zeroed) if found.is_layer else 1
 
     def per_group(self, rows_R: Tensor) -> Tensor:
         """Sum over the rows of each group: [R] -> [G]."""
@@ -224,6 +229,14 @@ class GroupIndex:
         if ((taken != self.num_groups) & (taken != groups)).any():
             raise BadModelError(f"an index of dimension {member.dim} of '{member.param}' belongs to two groups: the graph is inconsistent")
         row_group[index] = groups
+
+    def _compile_layers(self) -> None:
+        kind = np.arange(len(self.families))
+        for together in self.layers:
+            kind[together] = together[0]
+        rows = np.array([self.rows_of(family) for family in range(len(self.families))], np.int64)
+        self.compared_G = torch.from_numpy(np.repeat(kind, self.sizes).astype(np.int64)).to(self.device)
+        self._parts_G = torch.from_numpy(np.repeat(rows, self.sizes)).to(self.device)
 
     def _compile_rows(self, whole: Sequence[Sequence[np.ndarray]]) -> None:
         """Number the pairs from all rows (`whole`, parallel to `parameters`), so that every rank has the same; then map those here."""

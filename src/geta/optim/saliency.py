@@ -257,9 +257,8 @@ class RowStatistics:
     def groups(self, observed: Mapping[str, Tensor] | None = None) -> GroupStatistics:
         """Statistics of all groups, once all parameters were looked at. observed: what observers report, by name."""
         index = self._index
-        parts = index.parts_G.to(index.dtype)
-        x_G, grad_G, inner_G = (index.per_group(index.reduce_rows(rows)) / parts for rows in (self._x, self._grad, self._inner))
-        size_G = index.per_group(index.reduce_rows(self._size)).to(index.dtype) / parts
+        x_G, grad_G, inner_G = (index.average(index.per_group(index.reduce_rows(rows))) for rows in (self._x, self._grad, self._inner))
+        size_G = index.average(index.per_group(index.reduce_rows(self._size)).to(index.dtype))
         return GroupStatistics(
             norm=x_G.sqrt(), size=size_G, direction=grad_G.sqrt(), inner=inner_G, family=index.compared_G, observed=observed or {}
         )
