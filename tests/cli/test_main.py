@@ -112,6 +112,15 @@ def test_analyze_prints_the_table_and_writes_the_families(factory, capsys, tmp_p
     assert json.loads(path.read_text()) == json.loads(graph.to_json())
 
 
+def test_analyze_lists_residual_branches_when_asked(factory, capsys):
+    assert main(["analyze", "geta.cli.demo_model:resnet20", "--input-shape", "2,1,8,8", "--no-costs", "--depth", "--only", "layers"]) == 0
+    printed = capsys.readouterr().out
+    assert "7 groups in 7 families can be removed" in printed
+    assert "stage2.1 (layer)" in printed
+    assert main(["analyze", factory, "--no-costs", "--only", "layers"]) == 2
+    assert "found with depth=True alone" in capsys.readouterr().err
+
+
 def test_analyze_without_costs_prints_families_alone(factory, capsys):
     assert main(["analyze", factory, "--no-costs"]) == 0
     model, args = net()

@@ -65,6 +65,7 @@ def analyze_command(  # noqa: PLR0913 - one parameter per option
     only: Annotated[list[str] | None, typer.Option(help="Prune these units alone, e.g. heads or channels; repeatable.")] = None,
     granularity: Annotated[list[str] | None, typer.Option(help="head, head_dim, group or channel, or GLOB=head_dim; repeatable.")] = None,
     inexact: Annotated[bool, typer.Option("--inexact", help="Allow removals that change the result a little (LayerNorm).")] = False,
+    depth: Annotated[bool, typer.Option("--depth", help="Whole residual branches may go, too (unit: layers).")] = False,
     explain: Annotated[list[str] | None, typer.Option(help="Ask what an index takes with it: NAME:DIM:INDEX; repeatable.")] = None,
     costs: Annotated[bool, typer.Option(help="Count costs too: dense, with half of the groups, and at 8 and 4 bits.")] = True,
     memory: Annotated[bool, typer.Option("--memory", help="Plan the memory of training on each GPU, too.")] = False,
@@ -98,7 +99,14 @@ def analyze_command(  # noqa: PLR0913 - one parameter per option
     output = Output(json)
     found = resolve_target(target, shape)
     graph = geta.analyze(
-        found.model, found.args, found.kwargs, exact=not inexact, protect=protect or (), prune=only or None, granularity=wanted
+        found.model,
+        found.args,
+        found.kwargs,
+        exact=not inexact,
+        protect=protect or (),
+        prune=only or None,
+        granularity=wanted,
+        depth=depth,
     )
     output.line(str(graph))
     if costs:

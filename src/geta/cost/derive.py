@@ -22,6 +22,8 @@ from geta.cost.shrink import Shrinkage, Slopes
 from geta.errors import BadModelError
 from geta.graph.capture import Capture
 from geta.graph.dependency import Analysis, DependencyGraph, analysed
+from geta.graph.depth import branch_of, dead_without
+from geta.graph.families import layer_sets
 from geta.graph.names import canonical_name
 from geta.graph.propagate import bind_arguments
 from geta.quant.blocks import Cutting
@@ -85,6 +87,34 @@ class _Graph:
         codes = {node for node, x, _ in _quantized(self.live) if x in self.names}
         inputs = [source for node in self.live if node not in codes for source in node.all_input_nodes]
         self.read = sorted({self.names[source] for source in inputs if source in self.names})
+        self.layers_of = self._layers_of(graph, analysis)
+        """Node -> the residual branches (numbers of prunable families) that it goes with, for what goes with any."""
+        self.together = self._together(graph)
+
+    def _layers_of(self, graph: DependencyGraph, analysis: Analysis) -> dict[fx.Node, tuple[int, ...]]:
+        found: dict[fx.Node, tuple[int, ...]] = {}
+        self._branches = [
+            (number, branch_of(analysis.branches, family)) for number, family in enumerate(graph.prunable_families) if family.is_layer
+        ]
+        for number, branch in self._branches:
+            if branch is None:
+                name = graph.prunable_families[number].name
+                raise BadModelError(f"'{name}' can't be removed from the model as it is now; analyze it again as it is now")
+            for node in dead_without(self.capture, [branch]):
+                found[node] = (*found.get(node, ()), number)
+        return found
+
+    def _together(self, graph: DependencyGraph) -> bool:
+        """Whether something goes only if several branches do, such as the norm that two of them share."""
+        stays = {together[0].name for together in layer_sets(graph.families)}
+        families = graph.prunable_families
+        branches = [branch for number, branch in self._branches if branch is not None and families[number].name not in stays]
+        return bool(branches) and bool(dead_without(self.capture, branches) - set(self.layers_of))
+
+    def layers_of_tensor(self, name: str) -> tuple[int, ...]:
+        """The branches with any of which a tensor goes."""
+        readers = [self.layers_of.get(node, ()) for node, other in self.names.items() if other == name and node.users]
+        return tuple(number for number in readers[0] if all(number in others for others in readers)) if readers else ()
 
     def given(self, graph: DependencyGraph, batch: int | None = None) -> dict[fx.Node, Any]:
         """The value of every placeholder; with a batch size, inputs have shapes alone."""
@@ -122,6 +152,10 @@ class _Derivation:
         products = tuple(self._product(node, product) for node, product in counted)
         tensors = (*self._stored(), *self._only_trained(), *self._assumed_scales())
         latency = None if self._table is None else self._latency(self._table)
+        if one.together:
+            self._notes["what only several residual branches share (a norm in front of both) counts as if it stayed"] = None
+        if latency is not None and one.layers_of:
+            self._notes["the predicted latency counts residual branches as if they stayed"] = None
         families = self._graph.prunable_families
         slope = np.zeros((len(self._sizes), len(families)), dtype=np.int64)
         for row, (_, slopes) in enumerate(self._sizes):
@@ -171,9 +205,14 @@ class _Derivation:
         left, right = self._operands(product)
         if product.sizes is None:
             self._notes[f"{product.op} at {self._eval.where(node)} counts as uncut: it has no formula for its products"] = None
-            return ProductTerm(product.macs, (), left, right)
+            return ProductTerm(product.macs, self._alive(self._eval.layers_of.get(node, ())), left, right)
         sizes = [size for size in product.sizes if size.size > 1]
-        return ProductTerm(1, tuple(self._size(self._eval, *size) for size in sizes), left, right)
+        alive = self._alive(self._eval.layers_of.get(node, ()))
+        return ProductTerm(1, (*(self._size(self._eval, *size) for size in sizes), *alive), left, right)
+
+    def _alive(self, layers: Sequence[int]) -> tuple[int, ...]:
+        """A factor for each residual branch that something goes with: 1 as long as it is there, then 0."""
+        return tuple(self._sizes.setdefault((1, ((number, 1),)), len(self._sizes)) for number in layers)
 
     def _operands(self, product: Product) -> tuple[Width, Width]:
         sides = product.left, product.right
@@ -281,7 +320,8 @@ class _Derivation:
     def _tensor(self, graph: _Graph, node: fx.Node, *, parameter: bool, width: Width | None = None) -> TensorTerm:
         tensor = graph.tensors[graph.names[node]]
         sizes = tuple(self._size(graph, node, dim, size) for dim, size in enumerate(tensor.shape) if size != 1)
-        return TensorTerm(sizes, parameter, width or Width(8.0 * tensor.element_size()))
+        alive = self._alive(graph.layers_of_tensor(graph.names[node]))
+        return TensorTerm((*sizes, *alive), parameter, width or Width(8.0 * tensor.element_size()))
 
     def _dense(self, macs: int, base: np.ndarray, tensors: Sequence[TensorTerm]) -> dict[str, float]:
         """As `CompactInfo.dense_cost` has it: lifted constants and quantizers are not the float network's own."""

@@ -75,7 +75,8 @@ def outlook(graph: DependencyGraph, sparsity: float = 0.5, weight_bits: tuple[in
         widths = [bits if name in weights else ACTIVATION_BITS for name in model.quantizers]
         rows[f"{share}, weights {bits} bits, activations {ACTIVATION_BITS}"] = model.evaluate(removed, widths)
     shapes = tuple(tuple(leaf.shape) for leaf in _tensors(graph))
-    return Outlook(shapes, sparsity, rows, model.notes)
+    stay = ["whole residual branches count as if they stayed"] if any(family.is_layer for family in graph.prunable_families) else []
+    return Outlook(shapes, sparsity, rows, (*model.notes, *stay))
 
 
 def _assumed(graph: DependencyGraph) -> Assumed:

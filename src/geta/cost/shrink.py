@@ -48,7 +48,7 @@ class Shrinkage:
         starts = {(owner.tensor, owner.dim): owner.start for owner in self.analysis.propagation.space.owners if owner.tensor}
         group_of = np.full(len(partition.root), -1, dtype=np.int64)
         for family, start in zip(graph.prunable_families, self._starts.tolist(), strict=False):
-            for member in family.members:
+            for member in family.members if not family.is_layer else ():
                 first = starts.get((member.param, member.dim))
                 if first is None:
                     continue  # this capture doesn't read it

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import nn
@@ -21,11 +21,12 @@ from geta.graph.branches import QuantizerBranch, find_branches
 from geta.graph.capture import Capture, capture, check_inputs
 from geta.graph.configured import tied
 from geta.graph.coupling import build_families
+from geta.graph.depth import ResidualBranch, find_residual_branches, layer_families
 from geta.graph.explain import Explanation, explain
-from geta.graph.families import Family, Member, Selection
+from geta.graph.families import Family, Member, Selection, layer_sets
 from geta.graph.fingerprint import fingerprint
 from geta.graph.gates import with_gates
-from geta.graph.limits import Limits, protect_tensors, restrict, suggest, unused_granularity
+from geta.graph.limits import Limits, protect_tensors, protection, restrict, suggest, unused_granularity
 from geta.graph.names import find_tensor, first_names, unwrap
 from geta.graph.page import build_page
 from geta.graph.preserve import garbage_kept
@@ -36,6 +37,12 @@ from geta.graph.view import GraphView, build_view
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+_Item = TypeVar("_Item")
+NO_UNIFORM_LAYERS = (
+    "uniform=True keeps layers alike, so that one configuration describes them, but depth=True lets whole residual branches of some "
+    "layers go: use one of the two"
+)
 
 
 @dataclass(frozen=True)
@@ -87,6 +94,7 @@ class DependencyGraph:
         families = [
             {
                 **family.summary(),
+                "removes": list(family.removes),
                 "members": [
                     {"param": m.param, "dim": m.dim, "rows_per_group": int(m.index.shape[1]), "role": m.role, "zero": m.zero}
                     for m in family.members
@@ -123,7 +131,8 @@ class DependencyGraph:
     def explain(self, name: str, dim: int, index: int) -> Explanation:
         """What would removing index `index` of dimension `dim` of a tensor remove, or why can't it go and how did that come about?
 
-        name: a tensor (`layer1.0.conv1.weight`), or a module (`layer1.0.conv1`), which stands for its weight.
+        name: a tensor (`layer1.0.conv1.weight`), or a module (`layer1.0.conv1`), which stands for its weight; or a family of a whole
+            residual branch (`layer1.0 (layer)`), with dim and index 0.
         dim:  0 = the channels (neurons, heads) that a convolution or linear layer makes, 1 = those that it reads.
         Print the result, or read its fields. Raises ConfigError for a name, dimension or index that the model hasn't got.
         """
@@ -138,6 +147,8 @@ class DependencyGraph:
         multiple_of: the number kept is a multiple of this (or the whole family) and never zero. The name of a `geta.device_profile`
             instead of a number aligns channels: of heads with 64 channels each any number is a multiple of 16 channels.
         uniform: families that repeat across layers (`geta.graph.configured.tied`) draw one share together and lose equal numbers.
+
+        Of whole residual branches (`analyze(depth=True)`) the share of all of them goes, but never all of a set: see `layer_sets`.
         """
         low, high = sparsity if isinstance(sparsity, tuple) else (sparsity, sparsity)
         if not 0 <= low <= high < 1:
@@ -145,7 +156,9 @@ class DependencyGraph:
         resolve_multiple(multiple_of)
         generator = torch.Generator(device="cpu").manual_seed(seed)
         shares: dict[str, float] = {}
-        families = self.prunable_families
+        families, layers = ([f for f in self.prunable_families if f.is_layer is wanted] for wanted in (False, True))
+        if layers and uniform:
+            raise ConfigError(NO_UNIFORM_LAYERS)
         for tie in (tied(self.model, families) if uniform else [[family] for family in families]) if low < high else ():
             drawn = low + (high - low) * float(torch.rand((), generator=generator, device="cpu", dtype=torch.float64))
             shares.update({family.name: drawn for family in tie})
@@ -155,7 +168,7 @@ class DependencyGraph:
             remove = torch.zeros(family.size, dtype=torch.bool, device="cpu")
             remove[order[family.kept(shares.get(family.name, low), multiple_of) :]] = True
             selection[family.name] = remove
-        return selection
+        return {**selection, **_random_layers(layers, (low, high), generator)}
 
     def check_selection(self, selection: Selection) -> None:
         """Raise ConfigError for unknown families, wrong sizes, unprunable or emptied families."""
@@ -168,7 +181,7 @@ class DependencyGraph:
                 raise ConfigError(f"selection['{name}'] must be a BoolTensor[{family.size}], got {remove.dtype} {tuple(remove.shape)}")
             if bool(remove.any()) and not family.prunable:
                 raise ConfigError(f"family '{name}' can't be pruned: it {family.reason}")
-            if family.prunable and bool(remove.all()):
+            if family.prunable and not family.is_layer and bool(remove.all()):
                 raise ConfigError(f"selection['{name}'] removes all {family.size} {family.unit}; keep at least one")
 
     def zero_(self, model: nn.Module, selection: Selection) -> None:
@@ -200,6 +213,21 @@ class DependencyGraph:
         return selection
 
 
+def _random_layers(layers: list[Family], share: tuple[float, float], generator: torch.Generator) -> dict[str, torch.Tensor]:
+    """A random share of the residual branches, of each set all but one at most."""
+    if not layers:
+        return {}
+    drawn = share[0] + (share[1] - share[0]) * float(torch.rand((), generator=generator, device="cpu", dtype=torch.float64))
+    sets = layer_sets(layers)
+    able = [family.name for one in sets for family in _shuffled(one, generator)[1:]]
+    gone = set(_shuffled(able, generator)[: int(drawn * len(layers))])
+    return {family.name: torch.tensor([family.name in gone], device="cpu") for family in layers}
+
+
+def _shuffled(items: list[_Item], generator: torch.Generator) -> list[_Item]:
+    return [items[place] for place in torch.randperm(len(items), generator=generator, device="cpu").tolist()]
+
+
 def _owned(model: nn.Module, member: Member) -> torch.Tensor:
     """The tensor of a member; raises BadModelError when the model's is too small to be the analysed one."""
     tensor = find_tensor(model, member.param)
@@ -213,11 +241,12 @@ def _owned(model: nn.Module, member: Member) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class Analysis:
-    """A capture with its labels solved: all that rewriting the graph needs."""
+    """A capture with its labels solved: all that rewriting the graph needs. branches: residual ones, if they were asked for."""
 
     capture: Capture
     propagation: Propagation
     partition: Partition
+    branches: tuple[ResidualBranch, ...] = ()
 
 
 def analyse_capture(model: nn.Module, captured: Capture, *, exact: bool, limits: Limits | None = None) -> Analysis:
@@ -226,7 +255,8 @@ def analyse_capture(model: nn.Module, captured: Capture, *, exact: bool, limits:
     with garbage_kept():
         found = propagate(captured, lambda name: first.get(name, name), limits.granularity_at)
         protect_tensors(found, model, limits)
-        return Analysis(captured, found, Solver(found.space.size, found.constraints, exact=exact).solve())
+        branches = find_residual_branches(captured, model) if limits.depth else ()
+        return Analysis(captured, found, Solver(found.space.size, found.constraints, exact=exact).solve(), branches)
 
 
 def analysed(model: nn.Module, graph: DependencyGraph, *, train: bool) -> Analysis:
@@ -252,6 +282,7 @@ def analyze(
     protect: Sequence[str] | str = (),
     prune: Sequence[str] | str | None = None,
     granularity: Mapping[str, str] | str | None = None,
+    depth: bool = False,
 ) -> DependencyGraph:
     """Find which parameter indices of `model` live and die together.
 
@@ -269,6 +300,8 @@ def analyze(
             "head" = whole attention heads (what attention asks for by default); "head_dim" = the same position inside all
             heads of a layer; "group" = whole groups of a grouped convolution; "channel" = the same channel of all its groups
             (the default where a group has several).
+    depth:  True = a residual branch, f in x + f(x), may go as a whole: families of one group with the unit "layers", see
+            `geta.graph.depth`; `protect` keeps branches with a protected tensor, `prune` has to name "layers" if it is given.
     Raises BadModelError if the model can't be captured on these inputs, ConfigError for a glob that matches nothing and for
     units and granularities that don't exist.
 
@@ -277,13 +310,14 @@ def analyze(
     """
     model = unwrap(model)
     args, kwargs = check_inputs(model, args, kwargs)
-    limits = Limits.of(protect, prune, granularity)
+    limits = Limits.of(protect, prune, granularity, depth=depth)
     limits.check(model)
     with _collecting_later():
         captured = capture(model, args, kwargs, dynamic_shapes=dynamic_shapes)
         solved = analyse_capture(model, captured, exact=exact, limits=limits)
         found = solved.propagation
-        families = restrict(build_families(found, solved.partition, model), limits)
+        layers = layer_families(solved.branches, model, protection(model, limits))
+        families = restrict([*build_families(found, solved.partition, model), *layers], limits)
         families = with_gates(suggest(families, found, limits, _loosened(solved) if exact else None), captured)
         notes = [*captured.notes, *unused_granularity(found, limits)]
         example = Example(args, kwargs, dynamic_shapes, exact, limits)

@@ -14,7 +14,7 @@ from torch import fx
 
 from geta.errors import ConfigError
 from geta.graph.context import INTERNAL
-from geta.graph.families import Family, Role
+from geta.graph.families import LAYERS, Family, Role
 from geta.graph.labels import Value, squeezed
 from geta.graph.limits import module_paths, nearest, tensor_names
 from geta.graph.names import canonical_name, find_tensor, first_names
@@ -76,9 +76,11 @@ class Explanation:
         return json.dumps(asdict(self), indent=1)
 
     def __str__(self) -> str:
-        what = _rows(self.tensor, self.dim, (self.index,))
+        what = f"'{self.tensor}'" if self.unit == LAYERS else _rows(self.tensor, self.dim, (self.index,))
         lines = []
-        if self.prunable:
+        if self.prunable and self.unit == LAYERS:
+            lines.append(f"Removing {what} leaves the whole residual branch out:")
+        elif self.prunable:
             lines.append(f"Removing {what} removes group {self.group} of the {self.size} {self.unit} of '{self.family}':")
         else:
             lines.append(f"{what[0].upper()}{what[1:]} can't be removed: it {self.reason}.")
@@ -101,6 +103,9 @@ class Explanation:
 
 def explain(graph: DependencyGraph, name: str, dim: int, index: int) -> Explanation:
     """See `DependencyGraph.explain`."""
+    layer = next((family for family in graph.families if family.is_layer and family.name == name), None)
+    if layer is not None:
+        return _explain_layer(graph, layer, dim, index)
     tensor = _resolve(graph, name)
     shape = tuple(find_tensor(graph.model, tensor).shape)
     if not 0 <= dim < len(shape):
@@ -132,6 +137,21 @@ def explain(graph: DependencyGraph, name: str, dim: int, index: int) -> Explanat
     )
 
 
+def _explain_layer(graph: DependencyGraph, family: Family, dim: int, index: int) -> Explanation:
+    if (dim, index) != (0, 0):
+        raise ConfigError(f"'{family.name}' is one residual branch: ask for dimension 0 and index 0 of it, not for {dim} and {index}")
+    makers = {member.param for member in family.members}
+    tensors = {name: find_tensor(graph.model, name) for name in family.removes}
+    slices = tuple(
+        Slice(name, 0, tuple(range(tensor.shape[0])), "producer" if name in makers else "consumer", name in makers)
+        for name, tensor in tensors.items()
+        if tensor.dim()
+    )
+    counted, others = _parameters(graph, slices), _others(next(iter(makers), ""), slices)
+    what = (family.name, 0, 0, family.name, 0, family.unit, 1, family.prunable, family.reason, "", family.suggestion)
+    return Explanation(*what, slices, counted, others, ())
+
+
 def _resolve(graph: DependencyGraph, name: str) -> str:
     """The tensor that a user's text means."""
     tensors = tensor_names(graph.model)
@@ -151,7 +171,7 @@ def _resolve(graph: DependencyGraph, name: str) -> str:
 
 def _find(families: Iterable[Family], tensor: str, dim: int, index: int) -> tuple[Family, int] | None:
     for family in families:
-        for member in family.members:
+        for member in family.members if not family.is_layer else ():
             if (member.param, member.dim) == (tensor, dim):
                 places = (member.index == index).nonzero()
                 if len(places):

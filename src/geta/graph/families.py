@@ -18,6 +18,9 @@ Role = Literal["producer", "consumer", "buffer"]
 Selection = Mapping[str, torch.Tensor]
 """Family name -> BoolTensor[n]; True = remove that group."""
 
+LAYERS = "layers"
+"""The unit of families of one group that is a whole residual branch (`geta.graph.depth`)."""
+
 
 @dataclass(frozen=True)
 class Member:
@@ -50,6 +53,8 @@ class Family:
     inexact:   why removal changes the result (only with `analyze(exact=False)`), else "".
     suggestion: for a family that can't be pruned, what would make it prunable, in words; "" when nothing is known.
     gated:     parameters among the members whose rows count for nothing once others of the group are zero (`geta.graph.gates`).
+    removes:   of a whole residual branch: all tensors that go with it. Its members are those of them that have to be zero, with all
+               their rows, which may belong to other families as well.
     """
 
     name: str
@@ -61,6 +66,12 @@ class Family:
     inexact: str = ""
     suggestion: str = ""
     gated: frozenset[str] = frozenset()
+    removes: tuple[str, ...] = ()
+
+    @property
+    def is_layer(self) -> bool:
+        """Whether its only group is a whole residual branch, so that the family may be emptied."""
+        return self.unit == LAYERS
 
     @property
     def channels(self) -> int:
@@ -105,9 +116,21 @@ def repeated(families: Sequence[Family]) -> list[list[Family]]:
     """
     found: dict[tuple[Any, ...], list[Family]] = {}
     for family in families:
-        members = sorted((_without_numbers(m.param), m.dim, int(m.index.shape[1])) for m in family.members)
+        members: list[tuple[str, int, int]] = sorted((_without_numbers(m.param), m.dim, int(m.index.shape[1])) for m in family.members)
         found.setdefault((family.unit, family.size, tuple(members)), []).append(family)
     return list(found.values())
+
+
+def layer_sets(families: Sequence[Family]) -> list[list[Family]]:
+    """Whole residual branches among the prunable families, in sets of which at least one has to stay.
+
+    A set are branches that repeat across layers (the attention of all decoder layers), as `repeated` finds them; those that repeat
+    nowhere are one set together.
+    """
+    layers = [family for family in families if family.is_layer and family.prunable]
+    ties = repeated(layers)
+    alone = [tie[0] for tie in ties if len(tie) == 1]
+    return [*(tie for tie in ties if len(tie) > 1), *([alone] if alone else [])]
 
 
 def _without_numbers(name: str) -> str:

@@ -43,27 +43,43 @@ def with_gates(families: Sequence[Family], captured: Capture) -> list[Family]:
     return [replace(family, gated=frozenset(gated & table.keys())) for family, table in zip(families, tables, strict=True)]
 
 
+def layer_below(norm: fx.Node) -> list[tuple[fx.Node, list[fx.Node]]] | None:
+    """The placeholders of the layer whose result only this batch normalization reads, with the nodes between; None if it isn't one."""
+    if operator_name(norm.target) not in _NORMS or not isinstance(norm.args[0], fx.Node):
+        return None
+    layer = norm.args[0]
+    if operator_name(layer.target) not in _LAYERS or len(layer.users) > 1:
+        return None
+    ways = [_way(arg) for arg in layer.args[1:3]]
+    return [(way[-1], way) for way in ways if way]
+
+
 def _pairs(captured: Capture) -> Iterator[tuple[str, tuple[str, ...]]]:
     """(parameter of a layer, (gamma, beta) of the only thing that reads its result)."""
     for norm in captured.graph.nodes:
-        if operator_name(norm.target) not in _NORMS or not isinstance(norm.args[0], fx.Node):
-            continue
-        layer, gate = norm.args[0], tuple(_source(arg, captured) for arg in norm.args[1:3])
-        if operator_name(layer.target) not in _LAYERS or len(layer.users) > 1 or not all(gate):
-            continue
-        for arg in layer.args[1:3]:
-            row = _source(arg, captured)
+        below = layer_below(norm)
+        gate = tuple(_source(arg, captured) for arg in norm.args[1:3]) if below else ("",)
+        for placeholder, _ in below if below and all(gate) else ():
+            row = captured.tensor_names.get(placeholder.name, "")
             if row:
                 yield row, gate
 
 
 def _source(arg: object, captured: Capture) -> str:
     """The parameter that an argument is, perhaps through quantizers; "" if it is read by others too."""
+    way = _way(arg)
+    return captured.tensor_names.get(way[-1].name, "") if way else ""
+
+
+def _way(arg: object) -> list[fx.Node]:
+    """From an argument to the placeholder that it is, perhaps through quantizers; empty if something else reads any of them."""
+    way: list[fx.Node] = []
     while isinstance(arg, fx.Node) and len(arg.users) == 1:
+        way.append(arg)
         if arg.op == "placeholder":
-            return captured.tensor_names.get(arg.name, "")
+            return way
         arg = arg.args[0] if arg.args else None
-    return ""
+    return []
 
 
 def _zeroed(family: Family) -> dict[str, list[Member]]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
@@ -17,7 +17,7 @@ import torch
 from torch import fx, nn
 
 from geta.errors import ConfigError
-from geta.graph.families import Family
+from geta.graph.families import LAYERS, Family
 from geta.graph.labels import varying
 from geta.graph.names import canonical_name, first_names
 from geta.graph.propagate import Propagation, bind_arguments
@@ -26,7 +26,7 @@ from geta.graph.solver import Partition
 from geta.hints import did_you_mean
 
 GRANULARITIES = ("head", "head_dim", "group", "channel")
-UNITS = ("channels", "heads", "head dims", "neurons", "norm groups", "features", "entries", "rows")
+UNITS = ("channels", "heads", "head dims", "neurons", "norm groups", "features", "entries", "rows", LAYERS)
 """The words that `prune` understands; "heads" covers "key-value groups", the heads of grouped-query attention."""
 _ONE_DIM = re.compile(r"^(?P<glob>.+):(?P<dim>\d+)$")
 _UNKNOWN_OP = re.compile(r"^operator (\S+?)\.(\S+) at .* has no rule(?: and .*)?$")
@@ -39,12 +39,19 @@ class Limits:
     protect: tuple[str, ...] = ()
     prune: tuple[str, ...] | None = None
     granularity: tuple[tuple[str, str], ...] = ()
+    depth: bool = False
 
     @staticmethod
     def of(
-        protect: Sequence[str] | str = (), prune: Sequence[str] | str | None = None, granularity: Mapping[str, str] | str | None = None
+        protect: Sequence[str] | str = (),
+        prune: Sequence[str] | str | None = None,
+        granularity: Mapping[str, str] | str | None = None,
+        *,
+        depth: bool = False,
     ) -> Limits:
         """Read the arguments of `geta.analyze`; raises ConfigError for words that mean nothing."""
+        if not isinstance(depth, bool):
+            raise ConfigError(f"depth is {depth!r}: it must be True (whole residual branches may go) or False")
         wanted = None if prune is None else _texts("prune", prune)
         if wanted is not None and not wanted:
             raise ConfigError(f"prune is empty, so nothing could be pruned: leave it out, or name some of {', '.join(UNITS)}")
@@ -55,7 +62,9 @@ class Limits:
         for glob, value in pairs:
             if value not in GRANULARITIES:
                 raise ConfigError(f"granularity '{value}' for '{glob}' is none of {', '.join(GRANULARITIES)}")
-        return Limits(_texts("protect", protect), wanted, pairs)
+        if not depth and LAYERS in (wanted or ()):
+            raise ConfigError(f"prune names '{LAYERS}', whole residual branches, which are found with depth=True alone: set that too")
+        return Limits(_texts("protect", protect), wanted, pairs, depth)
 
     def granularity_at(self, path: str) -> str:
         """What a group is to be in the module `path`: the value of the first glob that matches it or a module around it, or ""."""
@@ -135,6 +144,12 @@ def protected_reason(glob: str) -> str:
     return f"was protected by protect='{glob}'"
 
 
+def protection(model: nn.Module, limits: Limits) -> Callable[[str], str]:
+    """Tensor name -> why it has to stay whole, or ""."""
+    globs = {name: glob for (name, _), glob in limits.protected(model).items()} if limits.protect else {}
+    return lambda name: protected_reason(globs[name]) if name in globs else ""
+
+
 def protect_tensors(found: Propagation, model: nn.Module, limits: Limits) -> None:
     """Add to what propagation learnt that no protected dimension may shrink."""
     if not limits.protect:
@@ -206,7 +221,7 @@ def suggest(families: Sequence[Family], found: Propagation, limits: Limits, loos
     advice = {protected_reason(glob): f"take '{glob}' out of protect" for glob in limits.protect}
 
     def loosened(family: Family) -> bool:
-        if loose is None:
+        if loose is None or family.is_layer:
             return False
         member = family.members[0]
         labels = owners[member.param, member.dim].start + member.index.reshape(-1).numpy()

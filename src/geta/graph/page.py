@@ -8,6 +8,8 @@ import re
 from importlib import resources
 from typing import TYPE_CHECKING, Any
 
+from torch import nn
+
 from geta.graph.families import Family
 from geta.graph.layout import lay_out
 from geta.graph.names import find_tensor
@@ -78,7 +80,7 @@ def page_data(graph: DependencyGraph) -> dict[str, Any]:
         {
             **family.summary(),
             "touched": touched,
-            "members": [[text(m.param), m.dim, int(m.index.shape[1]), m.role, m.zero] for m in family.members],
+            "members": [[text(name), *rest] for name, *rest in _members(graph, family)],
         }
         for family, touched in zip(graph.families, touched_parameters(graph), strict=True)
     ]
@@ -104,11 +106,25 @@ def touched_parameters(graph: DependencyGraph) -> list[int]:
     return [_touched(graph, family, sizes) for family in graph.families]
 
 
+def _members(graph: DependencyGraph, family: Family) -> list[tuple[str, int, int, str, bool]]:
+    """(tensor, dimension, rows per group, role, whether they have to be zero); of a residual branch all tensors that go with it."""
+    if not family.is_layer:
+        return [(m.param, m.dim, int(m.index.shape[1]), m.role, m.zero) for m in family.members]
+    makers = {member.param for member in family.members}
+    sizes = {name: find_tensor(graph.model, name).shape for name in family.removes}
+    roles = {name: "producer" if name in makers else "consumer" for name in family.removes}
+    return [(name, 0, shape[0] if shape else 1, roles[name], name in makers) for name, shape in sizes.items()]
+
+
 def _touched_names(graph: DependencyGraph) -> list[str]:
-    return list(dict.fromkeys(member.param for family in graph.families for member in family.members if member.role != "buffer"))
+    own = [member.param for family in graph.families for member in family.members if member.role != "buffer"]
+    return list(dict.fromkeys([*own, *(name for family in graph.families for name in family.removes)]))
 
 
 def _touched(graph: DependencyGraph, family: Family, sizes: dict[str, int]) -> int:
+    """Parameter elements that lie in a row or column of the family; one in both counts once."""
+    if family.is_layer:
+        return sum(sizes[name] for name in family.removes if isinstance(find_tensor(graph.model, name), nn.Parameter))
     untouched: dict[str, float] = {}
     for member in family.members:
         if member.role != "buffer":

@@ -19,6 +19,7 @@ def covered_fraction(graph: DependencyGraph) -> float:
         for member in family.members:
             if member.role != "buffer":
                 hit.setdefault(member.param, set()).add(member.dim)
+        hit.update({name: hit.get(name, set()) for name in family.removes})
     parameters = {id(p): p.numel() for p in graph.model.parameters()}
     covered = {id(find_tensor(graph.model, name)) for name in hit}
     total = sum(parameters.values())
@@ -63,6 +64,8 @@ def _suggestions(families: list[Family]) -> list[str]:
 
 def _each(family: Family) -> str:
     """e.g. "1 row of conv1.weight": what one group means in its first producer."""
+    if family.is_layer:
+        return "the whole branch"
     main = next((member for member in family.members if member.role == "producer"), family.members[0])
     count = int(main.index.shape[1])
     word = ("row" if main.dim == 0 else "column" if main.dim == 1 else f"index of dim {main.dim}") + ("s" if count > 1 else "")
@@ -71,7 +74,8 @@ def _each(family: Family) -> str:
 
 def _shrinks(family: Family) -> str:
     """The modules that lose something, shortened."""
-    modules = list(dict.fromkeys(member.param.rpartition(".")[0] or member.param for member in family.members))
+    names = [member.param for member in family.members] if not family.is_layer else family.removes
+    modules = list(dict.fromkeys(name.rpartition(".")[0] or name for name in names))
     shown = ", ".join(_tail(module) for module in modules[:3])
     return shown if len(modules) <= 3 else f"{shown} and {len(modules) - 3} more"
 

@@ -98,7 +98,7 @@ def _family_of_root(analysis: Analysis, families: Sequence[Family]) -> np.ndarra
     starts = {(owner.tensor, owner.dim): owner.start for owner in analysis.propagation.space.owners if owner.tensor}
     found = np.full(len(analysis.partition.root), -1, dtype=np.int64)
     for number, family in enumerate(families):
-        for member in family.members:
+        for member in family.members if not family.is_layer else ():
             labels = starts[member.param, member.dim] + member.index.reshape(-1).numpy()
             found[analysis.partition.root[labels]] = number
     return found

@@ -37,6 +37,7 @@ class Compressor:
     end_bits:        other bit widths for the first and last layers (`geta.end_layers`), often 8; None = as the rest.
     multiple_of:     every family keeps a multiple of this many groups; or the name of a `geta.device_profile`: of its many channels.
     uniform:         families that repeat across layers lose equal numbers of groups, see `geta.QASSO`.
+    depth:           whole residual branches may go too, see `geta.analyze`. layer_sparsity: the share of them that goes; None = sparsity.
     surrogate, granularity, group_size, exclude: as in `geta.quantize`. exact, dynamic_shapes, protect, prune: as in `geta.analyze`.
 
     Raises whatever `geta.analyze` and `geta.quantize` raise; ConfigError when the settings leave nothing to do.
@@ -57,6 +58,8 @@ class Compressor:
         calibration: Iterable[Any] | None = None,
         multiple_of: int | str = 1,
         uniform: bool = False,
+        depth: bool = False,
+        layer_sparsity: float | None = None,
         surrogate: Surrogate | None = None,
         granularity: Literal["tensor", "channel", "group"] = "tensor",
         group_size: int | None = None,
@@ -72,7 +75,7 @@ class Compressor:
             raise ConfigError(f"sparsity = {sparsity}: it is the share of the groups to remove, from 0 to below 1")
         resolve_multiple(multiple_of)
         quantized = weight_bits is not None or activation_bits is not None
-        if not quantized and sparsity == 0.0:
+        if not quantized and sparsity == 0.0 and not layer_sparsity:
             raise ConfigError("sparsity = 0 and no bit widths: nothing would become smaller; set sparsity, weight_bits or activation_bits")
         chosen = {"surrogate": surrogate, "group_size": group_size, "exclude": exclude, "calibration": calibration, "end_bits": end_bits}
         if not quantized and (granularity != "tensor" or any(value is not None for value in chosen.values())):
@@ -81,7 +84,12 @@ class Compressor:
                 "weight_bits or activation_bits"
             )
         self.model = model
-        self.graph: DependencyGraph = analyze(model, args, kwargs, exact=exact, dynamic_shapes=dynamic_shapes, protect=protect, prune=prune)
+        if layer_sparsity is not None and not depth:
+            raise ConfigError(f"layer_sparsity = {layer_sparsity} has no effect without depth=True, which lets residual branches go")
+        self.graph: DependencyGraph = analyze(
+            model, args, kwargs, exact=exact, dynamic_shapes=dynamic_shapes, protect=protect, prune=prune, depth=depth
+        )
+        self._layer_sparsity = layer_sparsity
         self._sparsity = sparsity
         self._target = target
         self._multiple_of = multiple_of
@@ -150,6 +158,7 @@ class Compressor:
             self.graph,
             sparsity=self._sparsity,
             target=self._target,
+            layer_sparsity=self._layer_sparsity,
             schedule=plan,
             multiple_of=self._multiple_of,
             uniform=self._uniform,

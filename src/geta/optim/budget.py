@@ -126,6 +126,8 @@ class BudgetTarget:
     Scores say what one group is worth while the others are there, so damage is R as long as little is gone. With half of the family
     removed, each group left does twice the work: dR counts as dR S / (S - R). (The plain sum of scores left one channel of 64 where
     these were dear, and nothing else could make up for it.)
+    A whole residual branch is worth its score times the rows that make it, or what all groups inside it are worth if that is more. Its
+    damage is that of its worth R in its set (`geta.graph.families.layer_sets`), of which the branch worth most always stays.
     Of an activation, which is not at hand, E[x^2] counts as (q_m^t / 3)^2. Within a family the lowest scores are removed.
 
     budget, graph: as given to the optimizer. index, selector: its groups. quantizers: of the bank, with their final bounds `bits`.
@@ -149,17 +151,23 @@ class BudgetTarget:
         self._ties = sorted(selector.ties)
         self._by_tie = self.model.with_families([[self._family[family] for family in tie] for tie in self._ties])
         self._place = {name: number for number, name in enumerate(self.model.quantizers)}
+        self._layers = selector.layers
+        self._layered = {family for together in self._layers for family in together}
+        self._inside = self._groups_inside()
+        self._cheapest = self._cheapest_to_keep()
         self._check_feasible(selector.largest)
 
     def make(self, scores_G: np.ndarray) -> Plan:
         """Plan from the scores of all groups and the weights as they are now."""
         noise = [self._noise(place) for place in range(len(self._quantizers))]
-        coordinates = self._coordinates(scores_G, noise)
+        coordinates = self._coordinates(scores_G, noise, self._dearest(scores_G))
+        if not self._within(coordinates):
+            coordinates = self._coordinates(scores_G, noise, self._cheapest)
         chosen = solve(self._by_tie, coordinates, self.limits)
         removed, bits = [0] * len(self._family), [bounds.upper for bounds in self._bits]
         positions = iter(chosen)
-        for tie in self._ties:
-            count = int(self._options[tie[0]][next(positions)])
+        for one, tie in zip(coordinates, self._ties, strict=False):
+            count = int(one.values[next(positions)])
             for family in tie:
                 removed[family] = count
         for place in self._modelled():
@@ -213,13 +221,60 @@ class BudgetTarget:
         """Quantizers of the bank that the network uses."""
         return [place for place, quantizer in enumerate(self._quantizers) if quantizer.name in self._place]
 
-    def _coordinates(self, scores_G: np.ndarray, noise: Sequence[np.ndarray]) -> list[Coordinate]:
-        scores = scores_G - min(0.0, float(scores_G.min(initial=0.0)))
-        total = float(scores.sum())
-        scores = scores / total if total > 0 else np.full_like(scores, 1.0 / max(len(scores), 1))
+    def _groups_inside(self) -> dict[int, np.ndarray]:
+        """Residual branch -> the groups of which nothing lies outside of it."""
+        families, found = self._index.families, {}
+        for number in self._layered:
+            own = set(families[number].removes)
+            inside = [
+                np.arange(start, start + family.size)
+                for family, start in zip(families, self._index.starts.tolist(), strict=False)
+                if not family.is_layer and all(member.param in own for member in family.members if member.role != "buffer")
+            ]
+            found[number] = np.concatenate([np.zeros(0, np.int64), *inside])
+        return found
+
+    def _worth(self, family: int, scores: np.ndarray) -> float:
+        """What a residual branch is worth, in scores of groups."""
+        place = self._index.starts[family]
+        own = float(scores[place]) * self._index.rows_of(family)
+        return max(own, float(scores[self._inside[family]].sum()))
+
+    def _dearest(self, scores_G: np.ndarray) -> set[int]:
+        """Of each set of residual branches the one that is worth most: it stays."""
+        scores = _scaled(scores_G)
+        return {max(together, key=lambda family: self._worth(family, scores)) for together in self._layers}
+
+    def _cheapest_to_keep(self) -> set[int]:
+        """Of each set of residual branches the one that leaves most room when it stays and all else goes."""
+        nothing, flat = np.zeros(self._index.num_groups), [np.zeros(len(bounds.widths)) for bounds in self._bits]
+        kept: set[int] = set()
+        for together in self._layers:
+            used = [
+                max(costs[kind] / limit for kind, limit in self.limits.items())
+                for costs in (smallest_costs(self._by_tie, self._coordinates(nothing, flat, kept | {family})) for family in together)
+            ]
+            kept.add(together[int(np.argmin(used))])
+        return kept
+
+    def _within(self, coordinates: Sequence[Coordinate]) -> bool:
+        """Whether there is a plan within the limits."""
+        smallest = smallest_costs(self._by_tie, coordinates)
+        return all(smallest[kind] <= limit for kind, limit in self.limits.items())
+
+    def _coordinates(self, scores_G: np.ndarray, noise: Sequence[np.ndarray], kept: set[int]) -> list[Coordinate]:
+        """kept: residual branches that stay."""
+        scores = _scaled(scores_G)
+        worth = {family: self._worth(family, scores) for family in self._layered}
+        whole = {family: sum(worth[other] for other in together) for together in self._layers for family in together}
         coordinates = []
         for number, tie in enumerate(self._ties):
             options = np.array(self._options[tie[0]], dtype=np.int64)
+            if tie[0] in self._layered:
+                options = options[:1] if tie[0] in kept else options
+                lost = _damage(np.array([worth[tie[0]], max(whole[tie[0]] - worth[tie[0]], 0.0)]))[: len(options)]
+                coordinates.append(Coordinate(number, False, options, lost))
+                continue
             ranked = (np.sort(scores[self._index.starts[family] : self._index.starts[family + 1]]) for family in tie)
             losses = sum(_damage(mine)[options] for mine in ranked)
             coordinates.append(Coordinate(number, False, options, np.asarray(losses)))
@@ -244,7 +299,7 @@ class BudgetTarget:
     def _check_feasible(self, multiple_of: int) -> None:
         groups = np.zeros(self._index.num_groups)
         flat = [np.zeros(len(bounds.widths)) for bounds in self._bits]
-        smallest = smallest_costs(self._by_tie, self._coordinates(groups, flat))
+        smallest = smallest_costs(self._by_tie, self._coordinates(groups, flat, self._cheapest))
         missed = [kind for kind, limit in self.limits.items() if not smallest[kind] <= limit]
         if not missed:
             return
@@ -276,6 +331,13 @@ def _damage(ranked_N: np.ndarray) -> np.ndarray:
         return np.zeros_like(left)
     with np.errstate(divide="ignore"):
         return np.asarray(-left[0] * np.log(left / left[0]))
+
+
+def _scaled(scores_G: np.ndarray) -> np.ndarray:
+    """Scores from 0 that sum up to 1."""
+    scores = scores_G - min(0.0, float(scores_G.min(initial=0.0)))
+    total = float(scores.sum())
+    return scores / total if total > 0 else np.full_like(scores, 1.0 / max(len(scores), 1))
 
 
 def _amount(kind: str, value: float) -> str:

@@ -49,7 +49,7 @@ class HESSOCRIC(StructuredOptimizer):
     During probe and cycles the model is an experiment: don't judge it by validation then.
     Scores can only be corrected by criteria that look at gradients: a magnitude never rises while its group is decayed.
 
-    base, graph, sparsity, multiple_of, uniform, saliency: as in `HESSO`.
+    base, graph, sparsity, layer_sparsity, multiple_of, uniform, saliency: as in `HESSO`; residual branches have no probe.
     target:         a `geta.Budget` of costs instead of a sparsity: the first scores decide how many groups of each family are examined,
                     the corrected ones how many go in the end.
     schedule:       a `Schedule`, or the planned number of steps. A projection stage counts as warm-up; joint_periods has no effect.
@@ -75,6 +75,7 @@ class HESSOCRIC(StructuredOptimizer):
         sparsity: float | None = None,
         target: Budget | None = None,
         schedule: Schedule | int,
+        layer_sparsity: float | None = None,
         multiple_of: int | str = 1,
         uniform: bool = False,
         saliency: SaliencyLike = None,
@@ -93,6 +94,7 @@ class HESSOCRIC(StructuredOptimizer):
             graph,
             sparsity=sparsity_or_budget(sparsity, target),
             schedule=without_projection(as_schedule(schedule)),
+            layer_sparsity=layer_sparsity,
             multiple_of=multiple_of,
             uniform=uniform,
             saliency=saliency,
@@ -294,7 +296,7 @@ class HESSOCRIC(StructuredOptimizer):
         assert self._origin is not None
         self._check_finite()
         mean = on_host(self._score_sum_G / self._records)
-        following = self._cycle.following(self._trial_G.cpu().numpy(), mean, self._index.starts)
+        following = self._cycle.following(self._trial_G.cpu().numpy(), mean, self._index.starts, self._index.layers)
         self._origin.restore_()
         self._ended = self._cycle.ending(following, self._plan)
         if not self._ended:

@@ -83,9 +83,9 @@ class Cycle:
         known: np.ndarray = self.violating | self.history
         return known
 
-    def following(self, trial: np.ndarray, scores: np.ndarray, starts: np.ndarray) -> Cycle:
+    def following(self, trial: np.ndarray, scores: np.ndarray, starts: np.ndarray, layers: Sequence[Sequence[int]] = ()) -> Cycle:
         """The next cycle: it examines the trial set, but never all groups of a family at once (see `spared`)."""
-        return Cycle(self.number + 1, spared(trial & ~self.known, scores, starts), self.known)
+        return Cycle(self.number + 1, spared(trial & ~self.known, scores, starts, layers), self.known)
 
     def ending(self, following: Cycle, plan: CyclePlan) -> str:
         """Why cycles end after this one, in words; "" when `following` is to be done."""
@@ -95,12 +95,17 @@ class Cycle:
         return f"max_cycles = {plan.max_cycles} cycles are done, {left} groups were not examined" if self.number >= plan.max_cycles else ""
 
 
-def spared(chosen: np.ndarray, scores: np.ndarray, starts: np.ndarray) -> np.ndarray:
-    """`chosen` without the highest-scored group of each family that it covers whole: an empty family would cut the network."""
+def spared(chosen: np.ndarray, scores: np.ndarray, starts: np.ndarray, layers: Sequence[Sequence[int]] = ()) -> np.ndarray:
+    """`chosen` without the highest-scored group of each family that it covers whole: an empty family would cut the network.
+
+    layers: sets of families (by place) that are whole residual branches, of which a set counts as one family.
+    """
     kept = chosen.copy()
-    for start, end in pairwise(starts):
-        if end > start and chosen[start:end].all():
-            kept[start + int(np.argmax(scores[start:end]))] = False
+    layered = {family for together in layers for family in together}
+    blocks = [np.arange(start, end) for family, (start, end) in enumerate(pairwise(starts)) if family not in layered]
+    for ids in [*blocks, *(starts[list(together)] for together in layers)]:
+        if len(ids) and chosen[ids].all():
+            kept[ids[int(np.argmax(scores[ids]))]] = False
     return kept
 
 

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from geta import ranks
 from geta.errors import BadModelError
-from geta.graph.families import Family, Member
+from geta.graph.families import Family, Member, layer_sets
 from geta.graph.names import find_tensor, unwrap
 from geta.optim.shards import Part, common_group, is_first, local, part_of, reshard
 
@@ -49,7 +49,8 @@ class Graph(Protocol):
 class GroupedTensor:
     """A tensor and the groups of its rows.
 
-    name:    canonical name. `stored`: the tensor, as the model has it. `dims`: its zeroed dimensions, ascending.
+    name:    canonical name. `stored`: the tensor, as the model has it. `dims`: its zeroed dimensions, ascending; one stands there twice
+             where rows belong to a whole residual branch as well, which has a place of its own behind theirs.
     groups:  per entry of `dims` an int64 tensor [size of that dimension here] of global group ids; G where no group owns the row.
     part:    which part of it is on this rank, None = all.
     counted: whether its elements count on this rank; False for what other ranks of a sharded model hold as well.
@@ -103,12 +104,15 @@ class GroupIndex:
     graph: anything with `.model` and `.families`.
     skip:  ids of tensors that are never zeroed (quantizer parameters, whose domain excludes zero).
 
+    Whole residual branches come last. layers: sets of them, by place of the family, each of which keeps at least one.
+    compared_G: family of each group for comparisons within a family, where the branches of a set are one.
+
     Raises BadModelError when the graph doesn't fit its model (tensor missing, index outside, a row in two groups).
     """
 
     def __init__(self, graph: Graph, *, skip: Collection[int] = ()) -> None:
         self.notes: list[str] = []
-        self.families = self._usable(graph, skip)
+        self.families = sorted(self._usable(graph, skip), key=lambda family: family.is_layer)
         self.sizes = [family.size for family in self.families]
         self.starts = np.concatenate([[0], np.cumsum(self.sizes, dtype=np.int64)]).astype(np.int64)
         self.num_groups = int(self.starts[-1])
@@ -123,6 +127,21 @@ class GroupIndex:
         self.device = _beside(self.parameters[0].tensor) if self.parameters else torch.device("cpu")
         self.dtype = _accumulator(entry.tensor for entry in self.parameters)
         self._compile_rows([whole for _, whole in trained])
+        place = {family.name: number for number, family in enumerate(self.families)}
+        self.layers = [[place[family.name] for family in together] for together in layer_sets(self.families)]
+        self.compared_G: Tensor = self.family_of_G
+        self._parts_G: Tensor | None = None
+        if self.layers:
+            self._compile_layers()
+
+    def average(self, sums_G: Tensor) -> Tensor:
+        """Sums over the elements of each group [G], of whole residual branches divided by the number of rows that make them."""
+        return sums_G if self._parts_G is None else sums_G / self._parts_G
+
+    def rows_of(self, family: int) -> int:
+        """How many rows make a group of the family that other layers have as groups of their own: of a residual branch all, else one."""
+        found = self.families[family]
+        return max(member.index.shape[1] for member in found.zeroed) if found.is_layer else 1
 
     def per_group(self, rows_R: Tensor) -> Tensor:
         """Sum over the rows of each group: [R] -> [G]."""
@@ -176,36 +195,48 @@ class GroupIndex:
 
     def _compile(self, model: nn.Module, skip: Collection[int]) -> list[tuple[GroupedTensor, list[np.ndarray]]]:
         """Every tensor with zeroed dimensions, and the groups of all rows of each, also of those on other ranks."""
-        maps: dict[int, tuple[str, Tensor, dict[int, np.ndarray]]] = {}
+        maps: dict[int, tuple[str, Tensor, dict[tuple[int, bool], np.ndarray]]] = {}
         for family, start in zip(self.families, self.starts, strict=False):
             for member in family.zeroed:
                 tensor = find_tensor(model, member.param)
                 if id(tensor) not in skip:
-                    _, _, dims = maps.setdefault(id(tensor), (member.param, tensor, {}))
-                    self._claim(dims, member, tensor, int(start))
+                    _, _, places = maps.setdefault(id(tensor), (member.param, tensor, {}))
+                    size = tensor.shape[member.dim] if member.dim < tensor.dim() else 0
+                    rows = places.setdefault((member.dim, family.is_layer), np.full(size, self.num_groups, dtype=np.int64))
+                    self._claim(rows, member, tensor, int(start))
         found = []
-        for name, tensor, dims in maps.values():
-            part, order = part_of(name, tensor), tuple(sorted(dims))
-            here = [dims[dim] if part is None or part.dim != dim else dims[dim][part.start : part.start + part.size] for dim in order]
+        for name, tensor, places in maps.values():
+            part, order = part_of(name, tensor), sorted(places)
+            whole = [places[key] for key in order]
+            here = [
+                rows if part is None or part.dim != dim else rows[part.start : part.start + part.size]
+                for (dim, _), rows in zip(order, whole, strict=True)
+            ]
             groups = tuple(torch.from_numpy(rows).to(_beside(tensor)) for rows in here)
-            found.append((GroupedTensor(name, tensor, order, groups, part), [dims[dim] for dim in order]))
+            found.append((GroupedTensor(name, tensor, tuple(dim for dim, _ in order), groups, part), whole))
         return found
 
-    def _claim(self, dims: dict[int, np.ndarray], member: Member, tensor: Tensor, start: int) -> None:
+    def _claim(self, row_group: np.ndarray, member: Member, tensor: Tensor, start: int) -> None:
         """Write the group ids of one member's rows; the same tensor may come under several (tied) names."""
-        index = member.index.cpu().numpy()
-        size = tensor.shape[member.dim] if member.dim < tensor.dim() else 0
+        index, size = member.index.cpu().numpy(), len(row_group)
         if index.size and (index.min() < 0 or index.max() >= size):
             raise BadModelError(
                 f"'{member.param}' has shape {tuple(tensor.shape)}, but the graph speaks of index {int(index.max())} along its "
                 f"dimension {member.dim}: the graph was made from another model, make it again from this one"
             )
-        row_group = dims.setdefault(member.dim, np.full(size, self.num_groups, dtype=np.int64))
         groups = np.broadcast_to(start + np.arange(index.shape[0])[:, None], index.shape)
         taken = row_group[index]
         if ((taken != self.num_groups) & (taken != groups)).any():
             raise BadModelError(f"an index of dimension {member.dim} of '{member.param}' belongs to two groups: the graph is inconsistent")
         row_group[index] = groups
+
+    def _compile_layers(self) -> None:
+        kind = np.arange(len(self.families))
+        for together in self.layers:
+            kind[together] = together[0]
+        rows = np.array([self.rows_of(family) for family in range(len(self.families))], np.int64)
+        self.compared_G = torch.from_numpy(np.repeat(kind, self.sizes).astype(np.int64)).to(self.device)
+        self._parts_G = torch.from_numpy(np.repeat(rows, self.sizes)).to(self.device)
 
     def _compile_rows(self, whole: Sequence[Sequence[np.ndarray]]) -> None:
         """Number the pairs from all rows (`whole`, parallel to `parameters`), so that every rank has the same; then map those here."""
@@ -248,12 +279,14 @@ def exclusive_row_sums(entry: GroupedTensor, values: Tensor, flags: Sequence[Ten
     """
     others = [d + 1 for d in range(values.dim() - 1) if d not in entry.dims]
     rest = values.sum(dim=others) if others else values
+    distinct = sorted(set(entry.dims))
     sums = []
-    for position, flag in enumerate(flags, start=1):
+    for number, (dim, flag) in enumerate(zip(entry.dims, flags, strict=True), start=1):
+        position = distinct.index(dim) + 1
         along = [d for d in range(1, rest.dim()) if d != position]
         total = rest.sum(dim=along) if along else rest
         sums.append(total * flag)
-        if position < len(flags):
+        if number < len(flags):
             shape = [1] * rest.dim()
             shape[position] = -1
             rest = rest * (~flag).view(shape)

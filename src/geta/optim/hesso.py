@@ -34,6 +34,8 @@ class HESSO(StructuredOptimizer):
     base:        any torch optimizer over the model's parameters; `param_groups` and `state` stay its own.
     graph:       the model's DependencyGraph.
     sparsity:    K = floor(sparsity * number of prunable groups), in [0, 1); 0.5 if neither it nor `target` is given.
+    layer_sparsity: the share of whole residual branches (`geta.analyze(depth=True)`) that goes, counted apart from the other
+                 groups; None = as `sparsity`. At least one branch of each set stays (`geta.graph.families.layer_sets`).
     target:      a `geta.Budget` of costs instead: the joint stage's first step decides how many groups each family loses.
     schedule:    a `Schedule`, or the planned number of steps. There is nothing to project, so that a projection stage counts
                  as warm-up.
@@ -54,6 +56,7 @@ class HESSO(StructuredOptimizer):
         sparsity: float | None = None,
         target: Budget | None = None,
         schedule: Schedule | int,
+        layer_sparsity: float | None = None,
         multiple_of: int | str = 1,
         uniform: bool = False,
         saliency: SaliencyLike = None,
@@ -64,6 +67,7 @@ class HESSO(StructuredOptimizer):
             graph,
             sparsity=sparsity_or_budget(sparsity, target),
             schedule=without_projection(as_schedule(schedule)),
+            layer_sparsity=layer_sparsity,
             multiple_of=multiple_of,
             uniform=uniform,
             saliency=saliency,

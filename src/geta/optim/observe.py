@@ -178,7 +178,8 @@ class FisherObserver:
     def observe(self) -> None:
         """Add this step's squared inner products."""
         rows = [row_sums(entry, self._products(entry)) for entry in self._index.parameters]
-        self._sum_G = self._sum_G + self._index.per_group(self._index.reduce_rows(rows)).square()
+        mean_G = self._index.average(self._index.per_group(self._index.reduce_rows(rows)))
+        self._sum_G = self._sum_G + mean_G.square()
         self._steps += 1
 
     def read(self) -> Tensor:

@@ -47,6 +47,8 @@ class QASSO(StructuredOptimizer):
                      learning-rate schedulers work. Quantizer parameters move to a group of their own.
     graph:           the model's DependencyGraph.
     sparsity:        K = floor(sparsity * number of prunable groups), in [0, 1); 0.5 if neither it nor `target` is given.
+    layer_sparsity:  the share of whole residual branches (`geta.analyze(depth=True)`) that goes, counted apart from the other
+                     groups; None = as `sparsity`. At least one branch of each set stays (`geta.graph.families.layer_sets`).
     target:          a `geta.Budget` of costs instead: the joint stage's first step decides how many groups each family loses and which
                      bits each quantizer gets; upper bounds fall to these bits over the periods (`geta.optim.budget`).
     weight_bits, activation_bits: bit widths that replace those stored in the model's quantizers; None keeps those. (b_l, b_u) is a range;
@@ -78,6 +80,7 @@ class QASSO(StructuredOptimizer):
         weight_bits: BitsLike | None = None,
         activation_bits: BitsLike | None = None,
         schedule: Schedule | int,
+        layer_sparsity: float | None = None,
         multiple_of: int | str = 1,
         uniform: bool = False,
         saliency: SaliencyLike = None,
@@ -97,6 +100,7 @@ class QASSO(StructuredOptimizer):
             graph,
             sparsity=sparsity_or_budget(sparsity, target),
             schedule=plan,
+            layer_sparsity=layer_sparsity,
             multiple_of=multiple_of,
             uniform=uniform,
             saliency=saliency,

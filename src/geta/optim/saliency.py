@@ -42,8 +42,11 @@ from geta.optim.observe import OBSERVERS, Observation
 class GroupStatistics:
     """What a criterion may look at, one number per group (all [G]).
 
-    norm: ||x_g||. size: |g|, elements. direction: ||grad_g||. inner: <x_g, grad_g>. family: id of the group's family (int64).
+    norm: ||x_g||. size: |g|, elements. direction: ||grad_g||. inner: <x_g, grad_g>. family: id of the group's family (int64), the
+    same for residual branches of a set.
     An element that a group owns along two dimensions of one tensor counts twice, in all of them alike.
+    A whole residual branch, a group of thousands of rows, counts as one of its rows does on average: sums over its elements are divided
+    by the number of rows, so that it compares with the channels of other layers and doesn't decide how criteria are normalised.
     observed: what the observers of the saliency report, by name; empty without observers.
     """
 
@@ -254,10 +257,10 @@ class RowStatistics:
     def groups(self, observed: Mapping[str, Tensor] | None = None) -> GroupStatistics:
         """Statistics of all groups, once all parameters were looked at. observed: what observers report, by name."""
         index = self._index
-        x_G, grad_G, inner_G = (index.per_group(index.reduce_rows(rows)) for rows in (self._x, self._grad, self._inner))
-        size_G = index.per_group(index.reduce_rows(self._size)).to(index.dtype)
+        x_G, grad_G, inner_G = (index.average(index.per_group(index.reduce_rows(rows))) for rows in (self._x, self._grad, self._inner))
+        size_G = index.average(index.per_group(index.reduce_rows(self._size)).to(index.dtype))
         return GroupStatistics(
-            norm=x_G.sqrt(), size=size_G, direction=grad_G.sqrt(), inner=inner_G, family=index.family_of_G, observed=observed or {}
+            norm=x_G.sqrt(), size=size_G, direction=grad_G.sqrt(), inner=inner_G, family=index.compared_G, observed=observed or {}
         )
 
 

@@ -6,6 +6,9 @@ of groups, as a single number of a configuration says it (`geta.graph.families.r
 cheapest complete plan for the final K is made (cost = sum of scores, already pruned groups stay pruned), and its lowest-scored
 groups are marked until the running total is reached. So the last period always lands on an aligned, exactly counted result.
 
+Whole residual branches (`geta.graph.depth`) are counted apart: of these, a number of their own goes, lowest scores first, and at least one
+of each set stays (`geta.graph.families.layer_sets`). One score per group says nothing about how many channels a branch is worth.
+
 Everything here runs on the host, once per period. Legend: `G` groups, `F` families.
 """
 
@@ -29,7 +32,9 @@ class Selector:
     channels is kept. channels: of a group, per family (None: 1). multiples: m per family.
     ties: lists of families (by place, all of one size and of equal channels) that lose equal numbers in the end; a family in none is
     free. In `Selector.ties` every family is in exactly one.
-    target: the K that will be met: the feasible count nearest to `wanted`, the smaller one of two equally near.
+    layers: sets of families (by place, each of one group) that are whole residual branches, of which `wanted_layers` go in all.
+    target: the K that will be met, branches included: the feasible count nearest to what is wanted, the smaller one of two equally near.
+    layer_target: how many of them are branches.
     note: in words, when `target` differs from `wanted`; otherwise "".
     counts: how many groups each family loses in the end, when that is fixed (`fix`); else None.
     """
@@ -44,22 +49,39 @@ class Selector:
         channels: Sequence[int] | None = None,
         *,
         ties: Sequence[Sequence[int]] = (),
+        layers: Sequence[Sequence[int]] = (),
+        wanted_layers: int = 0,
     ) -> None:
         resolve_multiple(multiple_of)
         self.multiples = [resolve_multiple(multiple_of, each) for each in (channels or [1] * len(sizes))]
         self.starts = np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)]).astype(np.int64)
-        self.options = [removable_counts(size, multiple) for size, multiple in zip(sizes, self.multiples, strict=True)]
+        self.layers = [list(together) for together in layers]
+        layered = {family for together in layers for family in together}
+        self.multiples = [1 if family in layered else multiple for family, multiple in enumerate(self.multiples)]
+        self.options = [
+            [0, 1] if family in layered else removable_counts(size, multiple)
+            for family, (size, multiple) in enumerate(zip(sizes, self.multiples, strict=True))
+        ]
         tied = {family for tie in ties for family in tie}
         self.ties = [*map(list, ties), *([family] for family in range(len(sizes)) if family not in tied)]
         assert sorted(family for tie in self.ties for family in tie) == list(range(len(sizes))), ties
         assert all(self.options[family] == self.options[tie[0]] for tie in self.ties for family in tie), ties
-        self.target = nearest_feasible([[len(tie) * count for count in self.options[tie[0]]] for tie in self.ties], wanted)
+        ways = [[len(tie) * count for count in self.options[tie[0]]] for tie in self.ties if tie[0] not in layered]
+        ordinary = nearest_feasible(ways, wanted)
+        self.layer_target = min(wanted_layers, sum(len(together) - 1 for together in layers))
+        self.target = ordinary + self.layer_target
         self.note = ""
-        if self.target != wanted:
+        if self.layer_target != wanted_layers:
+            self.note = (
+                f"{wanted_layers} of {len(layered)} residual branches were to be removed; {self.layer_target} is the most possible, "
+                f"because of those that repeat across layers, and of the others together, at least one stays"
+            )
+        if ordinary != wanted:
             rule = "no family may be emptied" if self.largest == 1 else f"every family keeps a multiple of {self._words()} groups or all"
             rule += " and families that repeat lose equal numbers" if self.binds else ""
-            total = int(self.starts[-1])
-            self.note = f"{wanted} of {total} groups were to be removed; {self.target} is the nearest possible, because {rule}"
+            total = int(self.starts[-1]) - len(layered)
+            note = f"{wanted} of {total} groups were to be removed; {ordinary} is the nearest possible, because {rule}"
+            self.note = f"{note}; {self.note}" if self.note else note
 
     @property
     def largest(self) -> int:
@@ -84,6 +106,7 @@ class Selector:
         """Fix how many groups each family loses in the end; None: nothing is removed for now."""
         self.counts = None if counts is None else list(counts)
         self.target = sum(counts or ())
+        self.layer_target = sum(self.counts[family] for together in self.layers for family in together) if self.counts else 0
 
     def mark(self, scores_G: np.ndarray, pruned_G: np.ndarray, total: int) -> np.ndarray:
         """Newly redundant groups (bool [G]) that bring the number of pruned groups from `pruned_G` up to `total`.
@@ -102,32 +125,50 @@ class Selector:
         """Ids of all groups still to be removed to reach `target`, at the smallest sum of scores found."""
         ranked = [self._ranked(scores, pruned, f) for f in range(len(self.options))]
         done = [int(pruned[a:b].sum()) for a, b in pairwise(self.starts)]
-        needed = self.target - sum(done)
         if self.counts is not None:
             left = zip(ranked, self.counts, done, strict=True)
             return np.concatenate([np.zeros(0, np.int64), *(ids[: count - have] for ids, count, have in left)])
+        return np.concatenate([self._plan_groups(scores, ranked, done), self._plan_layers(scores, pruned)])
+
+    def _plan_groups(self, scores: np.ndarray, ranked: list[np.ndarray], done: list[int]) -> np.ndarray:
+        """The part of the plan that isn't residual branches."""
+        layered = {family for together in self.layers for family in together}
+        ties = [tie for tie in self.ties if tie[0] not in layered]
+        needed = self.target - self.layer_target - sum(done[family] for tie in ties for family in tie)
         if self.largest == 1 and not self.binds:
-            most = [counts[-1] - have for counts, have in zip(self.options, done, strict=True)]
-            candidates = np.concatenate([np.zeros(0, np.int64), *(ids[:limit] for ids, limit in zip(ranked, most, strict=True))])
+            most = [(ranked[tie[0]], self.options[tie[0]][-1] - done[tie[0]]) for tie in sorted(ties)]
+            candidates = np.concatenate([np.zeros(0, np.int64), *(ids[:limit] for ids, limit in most)])
             return candidates[np.lexsort((candidates, scores[candidates]))][:needed]
         sums = [np.concatenate([[0.0], np.cumsum(scores[ids])]) for ids in ranked]
-        ways = [_ways(self.options[tie[0]], [done[f] for f in tie], [sums[f] for f in tie]) for tie in self.ties]
-        longest = max(len(tie) * self.multiples[tie[0]] for tie in self.ties)
-        found = _cheapest_counts([steps for steps, _ in ways], [costs for _, costs in ways], needed, longest, stuck=self._misaligned(done))
+        ways = [_ways(self.options[tie[0]], [done[f] for f in tie], [sums[f] for f in tie]) for tie in ties]
+        longest = max((len(tie) * self.multiples[tie[0]] for tie in ties), default=1)
+        stuck = self._misaligned(done, ties)
+        found = _cheapest_counts([steps for steps, _ in ways], [costs for _, costs in ways], needed, longest, stuck=stuck)
         chosen = [np.zeros(0, np.int64)]
-        for tie, count in zip(self.ties, found, strict=True):
+        for tie, count in zip(ties, found, strict=True):
             final = (sum(done[f] for f in tie) + count) // len(tie)
             chosen += [ranked[f][: final - done[f]] for f in tie]
         return np.concatenate(chosen)
+
+    def _plan_layers(self, scores: np.ndarray, pruned: np.ndarray) -> np.ndarray:
+        """The residual branches that are still to go: the lowest scores, without the last one left of each set."""
+        able, gone = [np.zeros(0, np.int64)], 0
+        for together in self.layers:
+            ids = self.starts[together]
+            left = ids[~pruned[ids]]
+            gone += len(ids) - len(left)
+            able.append(left[np.argsort(scores[left], kind="stable")][:-1])
+        candidates = np.concatenate(able)
+        return candidates[np.lexsort((candidates, scores[candidates]))][: self.layer_target - gone]
 
     def _ranked(self, scores: np.ndarray, pruned: np.ndarray, family: int) -> np.ndarray:
         ids: np.ndarray = np.arange(self.starts[family], self.starts[family + 1])
         ids = ids[~pruned[ids]]
         return ids[np.argsort(scores[ids], kind="stable")]
 
-    def _misaligned(self, done: list[int]) -> list[bool]:
+    def _misaligned(self, done: list[int], ties: list[list[int]]) -> list[bool]:
         """Ties whose pruned counts aren't allowed as final ones, so that they have to go on."""
-        return [len({done[f] for f in tie}) > 1 or done[tie[0]] not in set(self.options[tie[0]]) for tie in self.ties]
+        return [len({done[f] for f in tie}) > 1 or done[tie[0]] not in set(self.options[tie[0]]) for tie in ties]
 
 
 def removable_counts(size: int, multiple_of: int) -> list[int]:

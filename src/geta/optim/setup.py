@@ -9,16 +9,17 @@ from torch import nn
 
 from geta.errors import ConfigError
 from geta.graph.configured import tied
+from geta.graph.dependency import NO_UNIFORM_LAYERS
 from geta.graph.families import Family
-from geta.optim.groups import Graph
+from geta.optim.groups import Graph, GroupIndex
 from geta.optim.schedule import Schedule
 from geta.quant import Bits, BitsLike, Quantizer, fixed_quantizers, quantizers
 
 
-def check_sparsity(sparsity: float) -> None:
+def check_sparsity(sparsity: float, name: str = "sparsity") -> None:
     """Raise ConfigError unless 0 <= sparsity < 1."""
     if isinstance(sparsity, bool) or not isinstance(sparsity, int | float) or not 0.0 <= sparsity < 1.0:
-        raise ConfigError(f"sparsity is {sparsity!r}: it must be in [0, 1), the share of groups to remove")
+        raise ConfigError(f"{name} is {sparsity!r}: it must be in [0, 1), the share of groups to remove")
 
 
 def check_quant_lr(quant_lr: float) -> None:
@@ -32,6 +33,21 @@ def check_uniform(uniform: bool) -> bool:
     if not isinstance(uniform, bool):
         raise ConfigError(f"uniform is {uniform!r}: it must be True (families that repeat across layers lose equal numbers) or False")
     return uniform
+
+
+def layer_share(index: GroupIndex, given: float | None, sparsity: float, *, budget: bool, uniform: bool) -> float:
+    """The share of whole residual branches that goes. Raises ConfigError for settings that contradict each other."""
+    if given is not None:
+        check_sparsity(given, "layer_sparsity")
+        if budget:
+            raise ConfigError(f"both layer_sparsity = {given} and a budget are given: the budget decides which branches go; drop one")
+        if given > 0.0 and not index.layers:
+            raise ConfigError(
+                f"layer_sparsity is {given}, but the graph has no residual branch that can go: use geta.analyze(..., depth=True)"
+            )
+    if uniform and index.layers:
+        raise ConfigError(NO_UNIFORM_LAYERS)
+    return sparsity if given is None else given
 
 
 def ties_of(graph: Graph, families: Sequence[Family]) -> list[list[int]]:

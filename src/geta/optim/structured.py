@@ -25,7 +25,15 @@ from geta.optim.pruner import Pruner, on_host
 from geta.optim.saliency import Saliency, SaliencyLike
 from geta.optim.schedule import Schedule, Stage
 from geta.optim.selection import Selector
-from geta.optim.setup import check_sparsity, check_uniform, quantizer_parameters, refuse_unprunable, ties_of, unevenly_prunable
+from geta.optim.setup import (
+    check_sparsity,
+    check_uniform,
+    layer_share,
+    quantizer_parameters,
+    refuse_unprunable,
+    ties_of,
+    unevenly_prunable,
+)
 from geta.optim.shards import is_sharded, local
 from geta.optim.wrapper import WrappingOptimizer, call_base
 from geta.quant import Bits
@@ -34,7 +42,7 @@ from geta.quant import Bits
 class StructuredOptimizer(WrappingOptimizer):
     """Common part of QASSO, HESSO and HESSO-CRIC; subclasses implement `step`.
 
-    base, graph, sparsity, schedule, multiple_of, saliency, uniform: as in `QASSO`.
+    base, graph, sparsity, layer_sparsity, schedule, multiple_of, saliency, uniform: as in `QASSO`.
     bank:       the quantizers whose weights are forgotten through their quantized value.
     forgetting: the rule of `geta.optim.forget`.
     target:     a budget instead of a sparsity (which is 0 then); bits: the final bounds of the bank's quantizers.
@@ -53,6 +61,7 @@ class StructuredOptimizer(WrappingOptimizer):
         saliency: SaliencyLike,
         bank: QuantizerBank,
         forgetting: Forgetting,
+        layer_sparsity: float | None = None,
         uniform: bool = False,
         target: Budget | None = None,
         bits: Sequence[Bits] = (),
@@ -62,13 +71,17 @@ class StructuredOptimizer(WrappingOptimizer):
         self._graph = graph
         self._bank = bank
         self._index = self._compiled()
-        wanted = int(sparsity * self._index.num_groups)
+        self._uniform = check_uniform(uniform)
+        layers = self._index.layers
+        share = layer_share(self._index, layer_sparsity, sparsity, budget=target is not None, uniform=uniform)
+        count = sum(map(len, layers))
+        wanted, wanted_layers = int(sparsity * (self._index.num_groups - count)), int(share * count)
         if sparsity > 0.0 and not self._index.num_groups:
             refuse_unprunable(graph, sparsity)
-        self._uniform = check_uniform(uniform)
         families = self._index.families
         ties = ties_of(graph, families) if uniform else []
-        selector = Selector(self._index.sizes, wanted, multiple_of, [family.channels for family in families], ties=ties)
+        channels = [family.channels for family in families]
+        selector = Selector(self._index.sizes, wanted, multiple_of, channels, ties=ties, layers=layers, wanted_layers=wanted_layers)
         if (selector.target or target) and not schedule.joint_steps:
             what = "a budget is to be met" if target else f"{selector.target} groups are to be removed"
             raise ConfigError(f"{what}, but the schedule has no joint stage: give schedule.joint > 0")
@@ -83,8 +96,10 @@ class StructuredOptimizer(WrappingOptimizer):
         self.history = History(schedule.total_steps, self._index.num_groups)
         self._observe_next()
         self.notes = [*self._index.notes, *([selector.note] if selector.note else [])]
-        if sparsity > 0.0 and wanted == 0:
+        if sparsity > 0.0 and wanted + wanted_layers == 0:
             self.notes.append(f"sparsity {sparsity} of {self._index.num_groups} groups is less than one group: nothing is removed")
+        elif share > 0.0 and layers and not wanted_layers:
+            self.notes.append(f"a share of {share} of {count} residual branches is less than one: all of them stay")
         if uniform:
             self.notes += unevenly_prunable(graph)
 
@@ -211,7 +226,7 @@ class StructuredOptimizer(WrappingOptimizer):
                 f"the run stopped at step {self._step}, in {self.stage}; targets are met from step {self.schedule.cooldown_start} on: "
                 f"train longer or shorten the schedule"
             )
-        zero = int(self._index.zero_groups().sum())
+        zero = int((self._index.zero_groups() & ~self._index.flags(self._gone_with_layers())).sum())
         if zero != self.target_groups:
             raise GetaError(
                 f"{zero} groups are zero, but exactly {self.target_groups} should be: were parameters changed outside the optimizer?"
@@ -219,6 +234,17 @@ class StructuredOptimizer(WrappingOptimizer):
         planned = self._planned_costs()
         if self._target is not None and planned is not None:
             self._target.check(planned)
+
+    def _gone_with_layers(self) -> np.ndarray:
+        """Groups that were not chosen, but are zero because all that makes them went with a residual branch (bool [G])."""
+        index, pruned = self._index, self._pruner.pruned
+        firsts = list(zip(index.families, index.starts.tolist(), strict=False))
+        makers = {member.param for family, start in firsts if family.is_layer and pruned[start] for member in family.zeroed}
+        found = np.zeros(index.num_groups, dtype=bool)
+        for family, start in firsts if makers else ():
+            if all(member.param in makers for member in family.zeroed):
+                found[start : start + family.size] = True
+        return found & ~pruned
 
     @property
     def _decided(self) -> bool:
@@ -386,6 +412,7 @@ class StructuredOptimizer(WrappingOptimizer):
             "uniform": self._uniform,
             "families": {family.name: family.size for family in self._index.families},
             "target_groups": self.target_groups if self._target is None else None,
+            **({"target_layers": self._pruner.selector.layer_target} if self._index.layers and self._target is None else {}),
             "target": None if self._target is None else self._target.budget.to_dict(),
             "multiple_of": self._pruner.selector.alignment,
             "observers": dict.fromkeys(self._pruner.saliency.observers, self._pruner.saliency.window),

@@ -154,7 +154,7 @@ def index_bytes(index: GroupIndex, gpus: int, found: Sequence[Quantizer]) -> int
         rows += sum(sizes)
     families, groups, pairs = len(index.families), index.num_groups, index.num_pairs
     of_rows = 8 * rows + 2 * 8 * scored  # its group; the same again, and its pair, of scored ones
-    of_groups = 8 * groups + 2 * groups  # its family; whether it is redundant or removed
+    of_groups = 8 * groups * (3 if index.layers else 1) + 2 * groups  # its family (with branches: its set, its rows); its two flags
     of_pairs = 4 * 8 * pairs  # parameter, family and quantizer; a count, of 4 bytes until groups are marked
     return of_rows + of_groups + of_pairs - 4 * pairs + 2 * 8 * (families + 1) + _bank_bytes(found)
 

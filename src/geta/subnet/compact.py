@@ -20,6 +20,7 @@ from geta.optim.shards import is_sharded
 from geta.quant.fixed import FixedQuantizer
 from geta.quant.quantizer import Quantizer
 from geta.subnet.blocks import cut_blocks
+from geta.subnet.branches import drop_branches, selected_branches
 from geta.subnet.comparison import max_difference, needs_float64, outputs
 from geta.subnet.eager import compact_eager
 from geta.subnet.integers import Quantized, drop_unused, store_integers
@@ -149,6 +150,7 @@ def _cut(model: nn.Module, analysis: Analysis, graph: DependencyGraph, selection
     canonical = tensor_names(model, analysis)
     program, mapping = from_capture(analysis.capture, canonical)
     rewrite(analysis, mapping, kept)
+    drop_branches(analysis, mapping, selected_branches(analysis, graph, selection))
     _record_examples(program.graph, _example_leaves(graph, analysis))
     cut = {name: kept.of_value(tied[placeholder]) for placeholder, name in canonical.items()}
 

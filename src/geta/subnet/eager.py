@@ -26,6 +26,7 @@ from geta.quant.fixed import FixedQuantizer
 from geta.quant.quantizer import Quantizer
 from geta.subnet.attributes import Change, Cut, Sizes, applied, apply, torch_changes
 from geta.subnet.blocks import cut_blocks_of_modules
+from geta.subnet.branches import selected_layers
 from geta.subnet.comparison import max_difference
 from geta.subnet.pretrained import Fit, UnfitError, fitting_configs
 from geta.subnet.removal import TOLERANCE, checked_selection, kept_by_name, sliced, zeroed
@@ -90,6 +91,10 @@ def _check_comparable(model: nn.Module, graph: DependencyGraph, selection: Selec
     leaves = [*model.parameters(), *model.buffers(), *pytree.tree_leaves((graph.example.args, dict(graph.example.kwargs)))]
     if any(isinstance(leaf, torch.Tensor) and leaf.is_meta for leaf in leaves):
         raise BadModelError("the eager product is decided by running the model, and this one has no values (meta device)")
+    for family in selected_layers(graph, selection):
+        raise BadModelError(
+            f"the eager product runs the forward of {type(model).__name__}, which can't leave out '{family.name}': use the graph product"
+        )
     for family in graph.families:
         if family.inexact and family.name in selection and bool(selection[family.name].any()):
             raise BadModelError(
@@ -123,7 +128,7 @@ def _kept_by_members(model: nn.Module, graph: DependencyGraph, selection: Select
     gone: dict[tuple[str, int], list[torch.Tensor]] = {}
     for family in graph.families:
         remove = selection.get(family.name)
-        for member in family.members if remove is not None and bool(remove.any()) else ():
+        for member in family.members if remove is not None and bool(remove.any()) and not family.is_layer else ():
             gone.setdefault((member.param, member.dim), []).append(member.index[remove].reshape(-1))
     kept: dict[str, Kept] = {}
     for (name, dim), indices in gone.items():

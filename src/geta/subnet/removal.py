@@ -11,7 +11,7 @@ from torch import nn
 
 from geta.errors import BadModelError, ConfigError
 from geta.graph.dependency import Analysis, DependencyGraph
-from geta.graph.families import Selection
+from geta.graph.families import Selection, layer_sets
 from geta.graph.names import find_tensor, unwrap
 from geta.graph.propagate import UNUSED
 from geta.subnet.rewrite import Kept, KeptIndices
@@ -28,16 +28,23 @@ def checked_selection(model: nn.Module, graph: DependencyGraph, selection: Selec
     if model is not graph.model and type(model) is not type(graph.model):
         raise ConfigError(f"the graph was made from a {type(graph.model).__name__}, the model is a {type(model).__name__}")
     if selection is None:
-        selection = never_empty(graph.zero_groups(model))
+        selection = never_empty(graph, graph.zero_groups(model))
     graph.check_selection(selection)
     return selection
 
 
-def never_empty(selection: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """A family that is zero altogether keeps its first group: a layer without channels is not a layer."""
-    for remove in selection.values():
-        if bool(remove.all()):
+def never_empty(graph: DependencyGraph, selection: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A family that is zero altogether keeps its first group: a layer without channels is not a layer.
+
+    A set of whole residual branches (`layer_sets`) that is zero keeps its first branch: so many models start.
+    """
+    layers = {family.name for family in graph.families if family.is_layer}
+    for name, remove in selection.items():
+        if bool(remove.all()) and name not in layers:
             remove[0] = False
+    for branches in layer_sets(graph.families):
+        if all(bool(selection[family.name].all()) for family in branches if family.name in selection):
+            selection[branches[0].name][0] = False
     return selection
 
 
@@ -62,7 +69,7 @@ def removed_roots(analysis: Analysis, graph: DependencyGraph, selection: Selecti
     chosen = np.zeros(len(root), dtype=bool)
     for family in graph.families:
         remove = selection.get(family.name)
-        if remove is None or not bool(remove.any()):
+        if remove is None or not bool(remove.any()) or family.is_layer:
             continue
         for member in family.members:
             owner = starts.get((member.param, member.dim))
