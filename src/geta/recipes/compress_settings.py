@@ -127,7 +127,8 @@ class CompressSettings(Settings):
     end_bits:    other widths for the first and last layers (`geta.end_layers`). results: `geta.quantize(results_of=)` as well.
     granularity: of scales, as in `geta.quantize`, "group" with group_size; prune_granularity: of groups, `geta.analyze(granularity=)`.
     saliency:    weight of every criterion; null = the library's. saliency_normalise, saliency_window: as in `geta.Saliency`.
-    protect, prune, exact: as in `geta.analyze`. exclude, surrogate, nonlinear, initial_bits, percentile: as in `geta.quantize`.
+    protect, prune, exact, depth: as in `geta.analyze`; layer_sparsity: share of the residual branches, see docs/depth.md.
+    exclude, surrogate, nonlinear, initial_bits, percentile: as in `geta.quantize`.
     multiple_of, uniform, quant_lr, forgetting, tighten: as in `geta.QASSO`. max_cycles ... probe_weight: as in `geta.HESSOCRIC`.
     calibration_batches: of training examples, for the ranges of activations.
     """
@@ -142,6 +143,8 @@ class CompressSettings(Settings):
     prune: tuple[str, ...] | None = None
     prune_granularity: dict[str, str] | str | None = None
     exact: bool = True
+    depth: bool = False
+    layer_sparsity: float | None = Field(default=None, ge=0.0, lt=1.0)
     multiple_of: int | str = 1
     uniform: bool = False
     saliency: Annotated[dict[str, float] | None, AfterValidator(_checked_saliency)] = None
@@ -187,6 +190,8 @@ class CompressSettings(Settings):
         idle = [key for key in _OF_CRIC if self.method != "hesso-cric" and self._changed(key)]
         if idle:
             raise ValueError(f"{', '.join(idle)} have no effect on '{self.method}': leave them out, or write method: hesso-cric")
+        if self.layer_sparsity is not None and not self.depth:
+            raise ValueError("layer_sparsity has no effect without whole layers: write depth: true, or leave it out")
         self.criteria()
         return self
 

@@ -95,6 +95,7 @@ def prepare(recipe: Recipe, place: Place) -> Job:
         args,
         kwargs,
         exact=settings.exact,
+        depth=settings.depth,
         protect=settings.protect,
         prune=settings.prune,
         granularity=settings.prune_granularity,
@@ -142,6 +143,7 @@ def make_optimizer(base: torch.optim.Optimizer, graph: DependencyGraph, settings
         "schedule": stages,
         "multiple_of": settings.multiple_of,
         "uniform": settings.uniform,
+        "layer_sparsity": settings.layer_sparsity,
         "saliency": settings.criteria(),
     }
     if settings.method == "hesso":
