@@ -113,7 +113,9 @@ def test_analyze_prints_the_table_and_writes_the_families(factory, capsys, tmp_p
 
 
 def test_analyze_lists_residual_branches_when_asked(factory, capsys):
-    assert main(["analyze", "geta.recipes.nets.resnet:resnet20", "--input-shape", "2,1,8,8", "--no-costs", "--depth", "--only", "layers"]) == 0
+    assert (
+        main(["analyze", "geta.recipes.nets.resnet:resnet20", "--input-shape", "2,1,8,8", "--no-costs", "--depth", "--only", "layers"]) == 0
+    )
     printed = capsys.readouterr().out
     assert "7 groups in 7 families can be removed" in printed
     assert "stage2.1 (layer)" in printed

@@ -27,7 +27,8 @@ def load(source: str, **keys: Any) -> Data:
 @pytest.fixture
 def own_cache(tmp_path_factory, monkeypatch):
     """`datasets` keeps converted files: here, in a folder of the test."""
-    datasets = pytest.importorskip("datasets")
+    import datasets
+
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
 
 
@@ -224,7 +225,7 @@ def test_squad_windows_hold_the_answer_where_the_labels_say(tmp_path, kind):
 
 
 def test_data_sets_of_the_hub_from_disk(tmp_path):
-    datasets = pytest.importorskip("datasets")
+    import datasets
     from PIL import Image
 
     rows = {"image": [Image.fromarray(recipe_files.noise(10, 12, 3, seed=n)) for n in range(4)], "label": [0, 1, 2, 1]}

@@ -31,7 +31,7 @@ VGG = {"model.source": "geta.recipes.nets.vgg:VGG7", "model.options": {"width": 
 
 
 def imagenet(folder: Path) -> dict[str, Any]:
-    """A small net stands in for timm's; where timm is installed, the recipe's own model is built by the test below."""
+    """A small net stands in for timm's, which the zoo checks (`bench/zoo/from_timm.py`)."""
     return {"data.path": str(recipe_files.image_folder(folder)), "data.size": 16, **VGG}
 
 
@@ -158,12 +158,3 @@ def test_a_recipe_trains_measures_and_is_analysed(name, tmp_path):
     assert 0.0 <= score < float("inf")
     args, kwargs = task.call(data.train.batch([0, 1]))
     assert geta.analyze(model, args, kwargs).num_groups > 0
-
-
-@pytest.mark.parametrize("name", [name for name in TINY if name.startswith("imagenet")])
-def test_the_real_model_of_an_imagenet_recipe(name):
-    timm = pytest.importorskip("timm", reason="timm is not installed: recipes with timm's models are run with a small net instead")
-    source = read(name)["model"]["source"].removeprefix("timm:")
-    with torch.device("meta"):
-        model = timm.create_model(source, num_classes=1000, in_chans=3)
-    assert geta.analyze(model, (torch.zeros(2, 3, 224, 224, device="meta"),)).num_groups > 100

@@ -108,7 +108,8 @@ def test_save_load_cut_again_and_onnx(tmp_path) -> None:
     smaller = geta.compact(again, second, without(second, rest[0]))
     assert smaller.cost.macs < small.cost.macs
     assert gap(zeroed(again, second, without(second, rest[0])), smaller, args) < 1e-6
-    onnxruntime = pytest.importorskip("onnxruntime")
+    import onnxruntime
+
     small.export_onnx(tmp_path / "small.onnx")
     session = onnxruntime.InferenceSession(str(tmp_path / "small.onnx"), providers=["CPUExecutionProvider"])
     (found,) = session.run(None, {session.get_inputs()[0].name: args[0].numpy()})
