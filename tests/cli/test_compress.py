@@ -51,7 +51,7 @@ def folder(tmp_path, monkeypatch):
         (["compress", "--resume", "begun"], 1, "no checkpoint in 'begun/checkpoint' is whole"),
         (["compress", "tiny.yaml", "--sweep", "sparsity"], 2, "is no list of values"),
         (["compress", "tiny.yaml", "--sweep", "sparsity=0.5,1.5"], 2, "compress.sparsity = 1.5"),
-        (["evaluate", "nowhere"], 2, "there is no folder 'nowhere'"),
+        (["evaluate", "nowhere"], 1, "there is no folder 'nowhere'"),
         (["evaluate", "begun", "--config", "digitz"], 2, "did you mean 'digits'?"),
         (["evaluate", "begun"], 1, "begun/compact"),
         (["evaluate", "begun/checkpoint"], 2, "--config"),
