@@ -90,3 +90,14 @@ def test_bad_arguments(saved, arguments, code, words, capsys):
 def test_a_folder_that_holds_no_model(tmp_path, capsys):
     assert main(["export", str(tmp_path)]) == 1
     assert "Traceback" not in capsys.readouterr().err
+
+
+def test_the_folder_of_a_run_means_its_compact_model(tmp_path, capsys):
+    compacted("perceptron").save(tmp_path / "run" / "compact")
+    (tmp_path / "run" / "recipe.yaml").write_text("version: 1\n")
+    assert main(["inspect", str(tmp_path / "run")]) == 0
+    assert main(["export", str(tmp_path / "run"), "--format", "onnx", "--out", str(tmp_path / "model.onnx")]) == 0
+    assert main(["bench", str(tmp_path / "run"), "--runtime", "eager", "--rounds", "1", "--batch", "2"]) == 0
+    assert f"{tmp_path / 'run' / 'compact'}: " in capsys.readouterr().out
+    (tmp_path / "run" / "recipe.yaml").unlink()
+    assert main(["inspect", str(tmp_path / "run")]) == 1

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from geta.cli.analyze import parse_shape
-from geta.cli.options import Debug
+from geta.cli.options import Debug, saved_model
 from geta.cli.output import JsonFile, Output, check_outside
 from geta.errors import ConfigError
 from geta.hints import choose
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 def bench_command(
     *,
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder that a compact model was saved in.", show_default=False)],
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A saved compact model, or the folder of a run.", show_default=False)],
     dense: Annotated[
         str | None, typer.Option(metavar="TARGET", help="The network it came from: python.path:factory, timm:NAME or hf:CONFIG.")
     ] = None,
@@ -49,6 +49,7 @@ def bench_command(
     from geta.report.runtimes import RUNTIMES, measure
 
     runtimes = [choose("--runtime", one, RUNTIMES) for one in runtime or RUNTIMES]
+    folder = saved_model(folder)
     check_outside(folder, json, "--json")
     output = Output(json)
     model = geta.load(folder)

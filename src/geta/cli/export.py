@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from geta.cli.options import Debug
+from geta.cli.options import Debug, saved_model
 from geta.cli.output import JsonFile, Output, check_outside
 from geta.errors import ConfigError
 from geta.hints import choose
@@ -36,7 +36,7 @@ class OpenSizes(StrEnum):
 
 def export_command(
     *,
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder that a compact model was saved in.", show_default=False)],
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A saved compact model, or the folder of a run.", show_default=False)],
     form: Annotated[
         str,
         typer.Option(
@@ -81,6 +81,7 @@ def export_command(
     import geta
     from geta.export.modules import check_wishes
 
+    folder = saved_model(folder)
     check_outside(folder, json, "--json")
     check_outside(folder, out, "--out")
     output = Output(json)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from geta.cli.options import Debug
+from geta.cli.options import Debug, saved_model
 from geta.cli.output import JsonFile, Output, check_outside
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ _INPUT, _OUTPUT = ":input", ":output"
 
 def inspect_command(
     *,
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder that a compact model was saved in.", show_default=False)],
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A saved compact model, or the folder of a run.", show_default=False)],
     json: JsonFile = None,
     debug: Debug = False,  # noqa: ARG001 - acts in its callback
 ) -> None:
@@ -31,6 +31,7 @@ def inspect_command(
     import geta
     from geta.report.files import folder_bytes
 
+    folder = saved_model(folder)
     check_outside(folder, json, "--json")
     output = Output(json)
     model = geta.load(folder)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -23,3 +24,10 @@ def _set_debug(context: typer.Context, value: bool) -> bool:
 
 
 Debug = Annotated[bool, typer.Option("--debug", help="Show the full traceback of an error.", callback=_set_debug, expose_value=False)]
+
+
+def saved_model(folder: Path) -> Path:
+    """The folder of the saved model that DIR means: a run's compact model, where DIR is the folder of a run."""
+    from geta.report.run_files import COMPACT, RECIPE
+
+    return folder / COMPACT if (folder / RECIPE).is_file() and (folder / COMPACT).is_dir() else folder
