@@ -29,6 +29,16 @@ CAUSAL = {
     ),
     "gpt2": lambda: hf.GPT2LMHeadModel(hf.GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=4, n_positions=64, eos_token_id=0)),
 }
+SEQ2SEQ_SIZES = {
+    "vocab_size": 64,
+    "d_model": 32,
+    "encoder_layers": 2,
+    "decoder_layers": 2,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4,
+    "encoder_ffn_dim": 48,
+    "decoder_ffn_dim": 48,
+}
 SEQ2SEQ = {
     "t5": lambda: hf.T5ForConditionalGeneration(
         hf.T5Config(vocab_size=64, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, **SEQ2SEQ_TOKENS)
@@ -38,32 +48,18 @@ SEQ2SEQ = {
     ),
     "bart": lambda: hf.BartForConditionalGeneration(
         hf.BartConfig(
-            vocab_size=64,
-            d_model=32,
-            encoder_layers=2,
-            decoder_layers=2,
-            encoder_attention_heads=4,
-            decoder_attention_heads=4,
-            encoder_ffn_dim=48,
-            decoder_ffn_dim=48,
             max_position_embeddings=64,
             forced_eos_token_id=None,
+            **SEQ2SEQ_SIZES,
             **SEQ2SEQ_TOKENS,
         )
     ),
     "whisper": lambda: hf.WhisperForConditionalGeneration(
         hf.WhisperConfig(
-            vocab_size=64,
-            d_model=32,
-            encoder_layers=2,
-            decoder_layers=2,
-            encoder_attention_heads=4,
-            decoder_attention_heads=4,
-            encoder_ffn_dim=48,
-            decoder_ffn_dim=48,
             num_mel_bins=8,
             max_source_positions=16,
             max_target_positions=32,
+            **SEQ2SEQ_SIZES,
             **SEQ2SEQ_TOKENS,
         )
     ),

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import geta
-from geta.report.run_files import write_analysis
+from geta.report.run_files import analysis_files
 
 HOSTILE = "</script><img src=x onerror=alert(1)>"
 
@@ -80,7 +80,8 @@ def write_run(
     """
     folder.mkdir(parents=True, exist_ok=True)
     graph = geta.analyze(model, args, kwargs or {})
-    write_analysis(folder, graph)
+    for file, text in analysis_files(graph).items():
+        (folder / file).write_text(text, encoding="utf-8")
     dense = geta.cost(model, args, kwargs or {})
     geta.quantize(model, weights=geta.Bits(4, 8), activations=geta.Bits(8, 8), calibration=[args] if not kwargs else [kwargs])
     graph.zero_(model, graph.random_selection(sparsity))

@@ -2,32 +2,20 @@
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from selenium.webdriver import Chrome
+from selenium.webdriver.common.by import By
+from selenium.webdriver.common.keys import Keys
 from torch import nn
 
+import browser
 import geta
 import page_nets
-
-CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
-if CHROMIUM is None or DRIVER is None:
-    pytest.skip("no Chromium on this machine: apt-get install chromium chromium-driver", allow_module_level=True)
-
-from selenium.webdriver import Chrome  # noqa: E402
-from selenium.webdriver.chrome.options import Options  # noqa: E402
-from selenium.webdriver.chrome.service import Service  # noqa: E402
-from selenium.webdriver.common.by import By  # noqa: E402
-from selenium.webdriver.common.keys import Keys  # noqa: E402
-
-FLAGS = (
-    "--headless=new --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
-    "--disable-component-update --disable-sync"
-).split()
 
 
 class Net(nn.Module):
@@ -60,15 +48,8 @@ def pages(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def chrome(tmp_path_factory) -> Iterator[Chrome]:
-    options = Options()
-    options.binary_location = CHROMIUM
-    for flag in (*FLAGS, f"--user-data-dir={tmp_path_factory.mktemp('profile')}"):
-        options.add_argument(flag)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    browser = Chrome(options=options, service=Service(DRIVER))
-    browser.set_script_timeout(60)
-    yield browser
-    browser.quit()
+    with browser.started(tmp_path_factory.mktemp("profile"), ("browser",)) as found:
+        yield found
 
 
 @pytest.fixture
@@ -76,11 +57,7 @@ def show(chrome, pages):
     """Open a page in a window of the given size and colour scheme; afterwards nothing may have gone wrong in it."""
 
     def opened(name: str, width: int = 1280, height: int = 800, scheme: str = "light") -> Chrome:
-        chrome.execute_cdp_cmd(
-            "Emulation.setDeviceMetricsOverride", {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 500}
-        )
-        chrome.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [{"name": "prefers-color-scheme", "value": scheme}]})
-        chrome.get((pages / f"{name}.html").as_uri())
+        browser.visit(chrome, (pages / f"{name}.html"), (width, height), scheme)
         return chrome
 
     chrome.get_log("browser")

@@ -10,29 +10,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from selenium.webdriver import Chrome
+from selenium.webdriver.common.by import By
+from selenium.webdriver.common.keys import Keys
 
+import browser
 import geta
 import nets
 import page_nets
 import run_folders
-from geta.report.run_files import write_analysis
+from geta.report.run_files import analysis_files
 from geta.report.run_report import write_report
-
-CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
-if CHROMIUM is None or DRIVER is None:
-    pytest.skip("no Chromium on this machine: apt-get install chromium chromium-driver", allow_module_level=True)
-
-from selenium.webdriver import Chrome  # noqa: E402
-from selenium.webdriver.chrome.options import Options  # noqa: E402
-from selenium.webdriver.chrome.service import Service  # noqa: E402
-from selenium.webdriver.common.by import By  # noqa: E402
-from selenium.webdriver.common.keys import Keys  # noqa: E402
-
-FLAGS = (
-    "--headless=new --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
-    "--disable-component-update --disable-sync"
-).split()
-
 
 LARGE = {
     "demo": lambda: geta.analyze(*nets.resnet20("conv")),
@@ -46,7 +34,8 @@ def large_run(folder: Path, small: Path, name: str) -> Path:
     """The run of `small`, but with the graph, the layers and the costs of a larger network."""
     shutil.copytree(small, folder)
     graph = LARGE[name]()
-    write_analysis(folder, graph)
+    for file, text in analysis_files(graph).items():
+        (folder / file).write_text(text, encoding="utf-8")
     layers = list(dict.fromkeys(member.param.removesuffix(".weight") for family in graph.families for member in family.members))
     rows = [{"name": layer, "op": "linear", "macs": 16, "bops": 16 * 1024} for layer in layers]
     (folder / "costs.json").write_text(json.dumps({"dense": {"operations": rows}, "compact": {"operations": rows}}))
@@ -74,15 +63,8 @@ def pages(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def chrome(tmp_path_factory) -> Iterator[Chrome]:
-    options = Options()
-    options.binary_location = CHROMIUM
-    for flag in (*FLAGS, f"--user-data-dir={tmp_path_factory.mktemp('profile')}"):
-        options.add_argument(flag)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    browser = Chrome(options=options, service=Service(DRIVER))
-    browser.set_script_timeout(60)
-    yield browser
-    browser.quit()
+    with browser.started(tmp_path_factory.mktemp("profile"), ("browser", "performance")) as found:
+        yield found
 
 
 @pytest.fixture
@@ -90,11 +72,7 @@ def show(chrome, pages):
     """Open a report in a window of the given size and colour scheme; afterwards nothing was requested and nothing went wrong in it."""
 
     def opened(name: str, width: int = 1280, height: int = 800, scheme: str = "light") -> Chrome:
-        chrome.execute_cdp_cmd(
-            "Emulation.setDeviceMetricsOverride", {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 500}
-        )
-        chrome.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [{"name": "prefers-color-scheme", "value": scheme}]})
-        chrome.get((pages / name / "report.html").as_uri())
+        browser.visit(chrome, (pages / name / "report.html"), (width, height), scheme)
         chrome.execute_script("try { localStorage.clear() } catch { }")
         return chrome
 

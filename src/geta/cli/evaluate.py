@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from geta.cli.options import Debug
+from geta.cli.options import Debug, saved_model
 from geta.cli.output import JsonFile, Output
 from geta.errors import ConfigError, GetaError
 
@@ -25,7 +25,7 @@ def evaluate_command(
     """Measure a saved compact model on the test split of a recipe's data, with the recipe's task."""
     output = Output(json)
     from geta.recipes.read import read_recipe
-    from geta.report.run_files import COMPACT, RECIPE
+    from geta.report.run_files import RECIPE
 
     if not folder.is_dir():
         raise GetaError(f"there is no folder '{folder}': give a saved compact model, or the folder of a run")
@@ -38,7 +38,7 @@ def evaluate_command(
     from geta.recipes.evaluation import evaluate
     from geta.recipes.processes import joined
 
-    model = geta.load(folder / COMPACT if is_run else folder)
+    model = geta.load(saved_model(folder))
     with joined(recipe.train.device, recipe.train.threads) as place:
         data, task = recipe.data.load(), recipe.task
         size = task.evaluation_batch or recipe.train.evaluation_batch or recipe.train.batch_size

@@ -30,4 +30,4 @@ def saved_model(folder: Path) -> Path:
     """The folder of the saved model that DIR means: a run's compact model, where DIR is the folder of a run."""
     from geta.report.run_files import COMPACT, RECIPE
 
-    return folder / COMPACT if (folder / RECIPE).is_file() and (folder / COMPACT).is_dir() else folder
+    return folder / COMPACT if (folder / RECIPE).is_file() else folder

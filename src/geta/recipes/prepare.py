@@ -24,7 +24,7 @@ from geta.recipes.recipe import Recipe
 from geta.recipes.record import board_class
 from geta.recipes.sources import build_model
 from geta.recipes.tasks.task import Call, Task
-from geta.report.run_files import drawing
+from geta.report.run_files import analysis_files
 
 EXAMPLES = 2
 """In the example inputs, for which costs are counted: the smallest batch with which the captured batch size stays free."""
@@ -38,7 +38,7 @@ class Job:
 
     dense:    the network that is trained plainly; None without a baseline. Both start from the same weights.
     model:    the network that compresses itself, quantizers attached; optimizer: what prunes and narrows it.
-    analysis, drawing: `graph.to_json()` of the float network, and its operators as a report draws them.
+    analysis: name -> text of the files that tell about the float network's graph.
     cost, state_bytes: what the float network costs, and its tensors' bytes.
     example:  inputs of two examples, as the networks are called.
     """
@@ -52,8 +52,7 @@ class Job:
     model: nn.Module
     graph: DependencyGraph
     optimizer: Compressing
-    analysis: str
-    drawing: str
+    analysis: Mapping[str, str]
     cost: geta.Cost
     state_bytes: int
     example: Call
@@ -100,7 +99,7 @@ def prepare(recipe: Recipe, place: Place) -> Job:
         prune=settings.prune,
         granularity=settings.prune_granularity,
     )
-    analysis, drawn, cost = graph.to_json(), drawing(graph), geta.cost(model, args, kwargs)
+    analysis, cost = analysis_files(graph), geta.cost(model, args, kwargs)
     state_bytes = sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
     model.to(place.device)
     if settings.quantized:
@@ -109,7 +108,7 @@ def prepare(recipe: Recipe, place: Place) -> Job:
         quantize(model, graph, settings, calls)
     base = recipe.train.optimizer.build(model.parameters())
     optimizer = make_optimizer(base, graph, settings, stages)
-    return Job(recipe, place, data, task, batches, dense, model, graph, optimizer, analysis, drawn, cost, state_bytes, example)
+    return Job(recipe, place, data, task, batches, dense, model, graph, optimizer, analysis, cost, state_bytes, example)
 
 
 def quantize(model: nn.Module, graph: DependencyGraph, settings: CompressSettings, calls: list[Call]) -> None:

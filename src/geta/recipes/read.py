@@ -117,9 +117,8 @@ def _text_of(what: str | Path) -> tuple[str, str]:
             raise ConfigError(f"the recipe '{path}' can't be read: {error}") from error
     if str(what) in shipped:
         return shipped[str(what)].read_text(encoding="utf-8"), f"recipe '{what}'"
-    near = difflib.get_close_matches(str(what), shipped, n=1)
-    hint = f"did you mean '{near[0]}'?" if near else f"shipped are {', '.join(shipped)}"
-    raise ConfigError(f"there is no file and no shipped recipe '{what}'; {hint}")
+    hint = did_you_mean(str(what), shipped) or f"; shipped are {', '.join(shipped)}"
+    raise ConfigError(f"there is no file and no shipped recipe '{what}'{hint}")
 
 
 def _set(raw: dict[str, Any], key: str, value: Any) -> None:

@@ -29,7 +29,7 @@ from geta.recipes.stopping import Interrupted, Stop, stoppable
 from geta.recipes.training import Training
 from geta.report.curves import save_history
 from geta.report.files import write_atomically, write_json
-from geta.report.run_files import ANALYSIS, CHECKPOINT, COMPACT, COSTS, ENVIRONMENT, GRAPH, RESULT
+from geta.report.run_files import CHECKPOINT, COMPACT, COSTS, ENVIRONMENT, RESULT
 from geta.report.run_records import HistoryRow
 from geta.report.run_report import write_report
 
@@ -98,8 +98,8 @@ def _restore(legs: list[Leg], checkpoints: Checkpoints, record: Record, *, resum
 def _describe(job: Job, folder: Path, legs: list[Leg]) -> None:
     """Write what is known before training."""
     rewrite_history(folder, [row for leg in legs for row in leg.rows])
-    write_atomically(folder / ANALYSIS, job.analysis.encode())
-    write_atomically(folder / GRAPH, job.drawing.encode())
+    for name, text in job.analysis.items():
+        write_atomically(folder / name, text.encode())
     write_json(
         folder / ENVIRONMENT,
         {

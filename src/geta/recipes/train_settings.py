@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import math
 from collections.abc import Iterable
@@ -12,6 +11,7 @@ import torch
 from pydantic import ConfigDict, Field, model_validator
 from torch import nn
 
+from geta.hints import did_you_mean
 from geta.recipes.augment import AugmentSettings
 from geta.recipes.settings import Settings
 
@@ -37,9 +37,8 @@ class OptimizerSettings(Settings):
         allowed = list(inspect.signature(_OPTIMIZERS[self.name]).parameters)[1:]
         for key in self.model_extra or {}:
             if key not in allowed:
-                near = difflib.get_close_matches(key, allowed, n=1)
-                hint = f"did you mean '{near[0]}'?" if near else f"it takes {', '.join(allowed)}"
-                raise ValueError(f"torch.optim.{_OPTIMIZERS[self.name].__name__} has no argument '{key}'; {hint}")
+                hint = did_you_mean(key, allowed) or f"; it takes {', '.join(allowed)}"
+                raise ValueError(f"torch.optim.{_OPTIMIZERS[self.name].__name__} has no argument '{key}'{hint}")
         self.build([nn.Parameter(torch.zeros(1))])  # torch refuses impossible values
         return self
 

@@ -42,22 +42,15 @@ class Sweep:
     runs: tuple[SweepRun, ...]
 
 
-def write_analysis(folder: Path, graph: DependencyGraph) -> None:
-    """Write analysis.json and graph.json: families with their reasons, and the operators as the report draws them. Atomic.
+def analysis_files(graph: DependencyGraph) -> dict[str, str]:
+    """Texts of analysis.json and graph.json by name: families with their reasons, and the operators as the report draws them.
 
-    Call it with the graph of the float network, before quantizers are attached.
+    graph: of the float network, before quantizers are attached.
     """
-    from geta.report.files import write_atomically
-
-    write_atomically(folder / ANALYSIS, graph.to_json().encode())
-    write_atomically(folder / GRAPH, drawing(graph).encode())
-
-
-def drawing(graph: DependencyGraph) -> str:
-    """The text of graph.json: what the page of a graph shows."""
     from geta.graph.page import page_data
 
-    return json.dumps(page_data(graph), ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    drawn = json.dumps(page_data(graph), ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    return {ANALYSIS: graph.to_json(), GRAPH: drawn}
 
 
 def read_run(folder: Path) -> Run:
