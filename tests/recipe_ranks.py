@@ -24,5 +24,4 @@ def run_on_ranks(rank: int, folder: Path, recipe: Path, overrides: list[str]) ->
         found = run_recipe(read_recipe(recipe, overrides))
     finally:
         dist.init_process_group = real
-        real("gloo", init_method=f"file://{folder / 'second'}", **meet)
     return {} if found is None else {"pruned": found["groups"]["pruned_groups"], "compact": found["metric"]["compact"]}

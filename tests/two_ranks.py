@@ -20,9 +20,11 @@ def _enter(rank: int, function: Callable[..., Any], folder: Path, arguments: tup
     dist.init_process_group("gloo", init_method=f"file://{folder / 'meeting'}", rank=rank, world_size=2)
     try:
         torch.save(function(rank, *arguments), folder / f"result{rank}.pt")
-        dist.barrier()
+        if dist.is_initialized():  # a function may leave the group for good
+            dist.barrier()
     finally:
-        dist.destroy_process_group()
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 def fork_server() -> BaseContext:
