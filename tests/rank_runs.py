@@ -48,6 +48,12 @@ def make(kind: str) -> tuple[nn.Module, Any]:
         if dist.is_initialized():
             batches = batches[dist.get_rank() :: dist.get_world_size()]
         geta.quantize(model, weights=(3, 6), activations=(6, 8), calibration=batches, granularity="channel", exclude=(), initial_bits=8)
+        if kind == "qasso-outgrown":
+            with torch.no_grad():
+                for quantizer in quantizers(model).values():
+                    if quantizer.kind == "activation":
+                        quantizer.q_m.mul_(0.1)
+                        quantizer.d.mul_(0.1)
         settings["quant_lr"] = 1e-5  # at a high rate tiny differences of step sizes grow in every step
     if kind == "qasso-budget":
         settings = {**settings, "sparsity": None, "target": geta.Budget(bops=0.015, params=0.4)}

@@ -474,7 +474,12 @@ def test_tightening_keeps_bits_and_clips_nothing(granularity, nonlinear):
 def test_tightening_can_be_switched_off():
     model = quantized()
     optimizer = QASSO(
-        torch.optim.SGD(model.parameters(), lr=0.1, weight_decay=0.5), Graph(model), schedule=SCHEDULE, quant_lr=0.0, tighten=False
+        torch.optim.SGD(model.parameters(), lr=0.1, weight_decay=0.5),
+        Graph(model),
+        schedule=SCHEDULE,
+        quant_lr=0.0,
+        tighten=False,
+        follow=False,
     )
     before = {name: q.q_m.clone() for name, q in quantizers(model).items()}
     train(model, optimizer, batches())

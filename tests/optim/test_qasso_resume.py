@@ -95,7 +95,7 @@ def test_the_state_is_tensors_and_plain_data():
     train(model, optimizer, 0, 14)
     kinds = {type(value) for _, value in leaves(optimizer.state_dict())}
     assert kinds <= {torch.Tensor, int, float, bool, str, type(None)}
-    assert {"settings", "step", "stage", "noted", "redundant", "pruned", "bits"} == set(optimizer.state_dict()["geta"])
+    assert {"settings", "step", "stage", "noted", "redundant", "pruned", "bits", "followed"} == set(optimizer.state_dict()["geta"])
 
 
 def test_the_state_is_a_copy_of_our_part():

@@ -18,6 +18,7 @@ from geta.errors import GetaError
 from geta.graph.names import find_tensor
 from geta.optim.bank import QuantizerBank, Steps
 from geta.optim.budget import Budget, sparsity_or_budget
+from geta.optim.following import RangeFollower
 from geta.optim.forget import Forgetting, check_forgetting, step_share
 from geta.optim.groups import Graph
 from geta.optim.saliency import SaliencyLike
@@ -61,11 +62,13 @@ class QASSO(StructuredOptimizer):
     saliency:        see `geta.optim.saliency.Saliency`.
     quant_lr:        learning rate of d, q_m and t (their group's `lr`, weight decay 0).
     forgetting:      "descent" (as published), "uniform", "cosine" or "blend", see `geta.optim.forget`.
+    follow:          set ranges of activations anew that the values have outgrown, see `geta.optim.following`.
     tighten:         at every period's start (and the cool-down's) set q_m of each weight to min(q_m, max|w|) at the same bit width.
                      The loss has no gradient to a range that nothing reaches, so without it weight decay leaves codes unused.
 
     Raises ConfigError for impossible settings. Source: GETA (arXiv 2502.16638) section 5.
-    Deviation: ranges are tightened (see `tighten`), and at most double or halve in one step (see `QuantizerBank.guard_`).
+    Deviation: ranges are tightened (see `tighten`), set anew where values have outgrown them (see `follow`), and a step of the base
+    optimizer at most doubles or halves them (see `QuantizerBank.guard_`).
     Deviation: bit widths lie in [b_l, schedule.initial_bits] during warm-up as well, because a step size outside makes a layer's
     output zero; a frozen parameter of a redundant group is forgotten with delta = 0.
     """
@@ -87,6 +90,7 @@ class QASSO(StructuredOptimizer):
         quant_lr: float = 1e-3,
         forgetting: Forgetting = "blend",
         tighten: bool = True,
+        follow: bool = True,
     ) -> None:
         check_quant_lr(quant_lr)
         plan, rule = as_schedule(schedule), check_forgetting(forgetting)
@@ -95,6 +99,8 @@ class QASSO(StructuredOptimizer):
         bounds["activation"] = replaced_bits("activation_bits", activation_bits, "activation", found)
         for quantizer in found:
             plan.check_bits((bounds[quantizer.kind] or quantizer.bits).upper, f"quantizer '{quantizer.name}'")
+        self._follows = follow
+        self._follower = RangeFollower(found if follow else [])
         super().__init__(
             base,
             graph,
@@ -152,6 +158,8 @@ class QASSO(StructuredOptimizer):
             ruled = self._joint(before, steps) if joint else None
             if len(self._bank):
                 self._constrain_bits(stage, ruled, steps, ranges)
+            if self._follower.follow_() and self._bits is not None:
+                self._bank.write_d_(self._bank.step_size_of(self._bits, self._bank.read()))
         self._advance()
         return loss
 
@@ -203,9 +211,10 @@ class QASSO(StructuredOptimizer):
     def _headlines(self) -> list[str]:
         lines, mean = super()._headlines(), self.progress()["mean_bits"]
         if self._bits is None:
-            return lines if mean is None else [*lines, f"{mean:.2f} bits on average, not yet rounded"]
+            return [*lines, *([] if mean is None else [f"{mean:.2f} bits on average, not yet rounded"]), *self._follower.lines()]
         counts = Counter((q.kind, self.bits[q.name]) for q in self._bank.quantizers)
-        return [*lines, *(f"{count} {kind} tensors with {bits:g} bits" for (kind, bits), count in sorted(counts.items()))]
+        lines += [f"{count} {kind} tensors with {bits:g} bits" for (kind, bits), count in sorted(counts.items())]
+        return [*lines, *self._follower.lines()]
 
     def _joint(self, before: Mapping[int, Tensor], steps: Steps | None) -> tuple[Tensor, Tensor, Tensor]:
         """Forget, prune; returns d / d(b_l) by the rule, which quantizers it is for and which of them go straight there (all [L])."""
@@ -260,6 +269,10 @@ class QASSO(StructuredOptimizer):
         period = self._period()
         return self._target.narrowed(uppers, 1.0 if period is None else (period + 1) / self.schedule.num_joint_periods)
 
+    def _observe_next(self) -> None:
+        super()._observe_next()
+        self._follower.watch(self._step)
+
     @torch.no_grad()
     def _noted_bits(self) -> tuple[Tensor | None, float | None]:
         if not len(self._bank):
@@ -282,18 +295,21 @@ class QASSO(StructuredOptimizer):
             **super()._settings(),
             "forgetting": self._rule,
             "tighten": bool(self._tightened),
+            **({} if self._follows else {"follow": False}),
             "bits": {q.name: q.bits.to_json() for q in self._bank.quantizers},
         }
 
     def _extra_state(self) -> dict[str, Any]:
         bits = torch.zeros(0, dtype=torch.int64) if self._bits is None else self._bits.to("cpu", torch.int64)
-        return {**super()._extra_state(), "bits": bits}
+        return {**super()._extra_state(), "bits": bits, "followed": self._follower.times.cpu()}
 
     def _load_extra_state(self, extra: Mapping[str, Any]) -> None:
         self._bank.read_settings()
         super()._load_extra_state(extra)
         saved = extra["bits"]
         self._bits = saved.to(self._bank.device, self._bank.lower_L.dtype) if saved.numel() else None
+        self._follower.load(extra.get("followed"))
+        self._follower.watch(self._step)
 
 
 def _mean(values: Sequence[float]) -> float | None:

@@ -436,7 +436,8 @@ class StructuredOptimizer(WrappingOptimizer):
             saved = extra["settings"].get(key) if "settings" in extra else mine
             if saved != mine:
                 raise CheckpointError(f"the checkpoint was made with {key} = {saved}, this run has {mine}: resume with the same settings")
-        missing = [key for key in self._extra_state() if key not in extra and key != "noted"]  # which checkpoints of before haven't got
+        newer = ("noted", "followed")  # which checkpoints of before haven't got
+        missing = [key for key in self._extra_state() if key not in extra and key not in newer]
         if missing:
             raise CheckpointError(f"the optimizer state lacks {', '.join(missing)}: it is damaged or of another version")
 

@@ -13,6 +13,7 @@ from geta.quant import native_plan, native_reuse, ops
 from geta.quant.bits import Bits, allowed_widths, nearest
 from geta.quant.blocks import Blocks, Cutting
 from geta.quant.native import is_eager
+from geta.quant.sampling import is_sampled, sample_of
 from geta.quant.surrogate import STE, Surrogate
 
 Kind = Literal["weight", "activation"]
@@ -33,6 +34,7 @@ class Quantizer(nn.Module):
     enabled: set it to False to let tensors pass unchanged.
     strength: how much of the surrogate is used, `[]`, or None for all of it; set by `geta.quant.anneal`.
     keep_values: whether values may be kept between uses of the same tensor (`geta.quant.native_reuse`); True for weights only.
+    sample:  what forward passes of training leave of their x (`geta.quant.sampling`), `[N]`, an empty one at first; None = nothing.
 
     Converting the model to float16 or bfloat16 leaves d, q_m and t in float32: with fewer digits the codes would miss their
     range. The signedness found in calibration is part of `state_dict()`.
@@ -42,6 +44,7 @@ class Quantizer(nn.Module):
     q_m: nn.Parameter
     t: nn.Parameter
     strength: Tensor | None
+    sample: Tensor | None
 
     def __init__(
         self,
@@ -65,6 +68,7 @@ class Quantizer(nn.Module):
         self.linear = linear
         self.surrogate: Surrogate = STE() if surrogate is None else surrogate
         self.enabled = True
+        self.sample = None
         self._kept = native_reuse.KeptValues()
         self._keep_values = kind == "weight"
         self._planner = native_plan.Planner()
@@ -79,6 +83,8 @@ class Quantizer(nn.Module):
         """Return the fake-quantized x, in x's dtype; x itself when not `enabled`."""
         if not self.enabled:
             return x
+        if self.sample is not None and is_sampled(x):
+            self.sample = torch.cat([self.sample, sample_of(x)])
         d, q_m = self._parameters.get("d"), self._parameters.get("q_m")
         if self.blocks:
             return self._by_block(x)

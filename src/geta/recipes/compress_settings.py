@@ -14,7 +14,7 @@ from geta.recipes.settings import Settings
 
 _OF_QUANTIZERS = (
     "end_bits exclude surrogate granularity group_size nonlinear initial_bits percentile results calibration_batches "
-    "quant_lr forgetting tighten"
+    "quant_lr forgetting tighten follow"
 ).split()
 _OF_CRIC = ("max_cycles", "sampling_steps", "tolerance", "hybrid_steps", "probe_weight")
 
@@ -129,7 +129,7 @@ class CompressSettings(Settings):
     saliency:    weight of every criterion; null = the library's. saliency_normalise, saliency_window: as in `geta.Saliency`.
     protect, prune, exact, depth: as in `geta.analyze`; layer_sparsity: share of the residual branches, see docs/depth.md.
     exclude, surrogate, nonlinear, initial_bits, percentile: as in `geta.quantize`.
-    multiple_of, uniform, quant_lr, forgetting, tighten: as in `geta.QASSO`. max_cycles ... probe_weight: as in `geta.HESSOCRIC`.
+    multiple_of, uniform, quant_lr, forgetting, tighten, follow: as in `geta.QASSO`. max_cycles ... probe_weight: as in `geta.HESSOCRIC`.
     calibration_batches: of training examples, for the ranges of activations.
     """
 
@@ -163,6 +163,7 @@ class CompressSettings(Settings):
     quant_lr: float = Field(default=1e-3, ge=0.0)
     forgetting: Forgetting = "blend"
     tighten: bool = True
+    follow: bool = True
     max_cycles: int = Field(default=3, ge=1)
     sampling_steps: int | None = Field(default=None, ge=1)
     tolerance: int = Field(default=0, ge=0)

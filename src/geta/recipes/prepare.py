@@ -158,7 +158,9 @@ def make_optimizer(base: torch.optim.Optimizer, graph: DependencyGraph, settings
             hybrid_steps=settings.hybrid_steps,
             probe_weight=settings.probe_weight,
         )
-    return QASSO(base, graph, **common, quant_lr=settings.quant_lr, forgetting=settings.forgetting, tighten=settings.tighten)
+    return QASSO(
+        base, graph, **common, quant_lr=settings.quant_lr, forgetting=settings.forgetting, tighten=settings.tighten, follow=settings.follow
+    )
 
 
 @torch.no_grad()
