@@ -82,7 +82,7 @@ def test_a_weight_on_a_rounding_boundary_does_not_count_as_a_difference(tmp_path
     anew = copy.deepcopy(model).double()(x.double())
     assert (anew - model(x)).abs().max() > step / 2
     before = model(x)
-    assert relative_difference(model, tmp_path / "compact", ((x,), {}), torch.float64) < 1e-12
+    assert relative_difference(model, geta.load(tmp_path / "compact"), ((x,), {}), torch.float64) < 1e-12
     assert torch.equal(model(x), before)  # the network itself is left alone
 
 
@@ -92,4 +92,4 @@ def test_scales_per_block_are_compared_too(tmp_path, weights):
     model, x = nn.Sequential(nn.Linear(32, 6), nn.ReLU(), nn.Linear(6, 2)), torch.randn(5, 32)
     geta.quantize(model, weights=weights, activations=None, granularity="group", group_size=8)
     geta.compact(model, geta.analyze(model, (x[:2],))).save(tmp_path / "compact")
-    assert relative_difference(model, tmp_path / "compact", ((x,), {}), torch.float64) < 1e-6
+    assert relative_difference(model, geta.load(tmp_path / "compact"), ((x,), {}), torch.float64) < 1e-6

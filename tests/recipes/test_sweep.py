@@ -9,6 +9,8 @@ import pytest
 from geta.cli.main import main
 from geta.errors import ConfigError, GetaError
 from geta.recipes import sweep
+from geta.recipes.read import read_recipe
+from geta.recipes.run import run_recipe
 from geta.recipes.sweep import folder_name, parse_sweep, plan_sweep, run_sweep
 from recipe_nets import RECIPE
 
@@ -43,12 +45,52 @@ def test_an_interrupted_sweep_goes_on_where_it_was(recipe_file, tmp_path, monkey
     key, values = parse_sweep("train.seed=1,2")
     folder, recipes = plan_sweep(recipe_file, [], key, values)
     calls = []
-    monkeypatch.setattr(sweep, "run_recipe", lambda recipe, console: calls.append(("run", recipe.train.seed)))
-    monkeypatch.setattr(sweep, "resume", lambda place, console: calls.append(("resume", place.name)))
+    monkeypatch.setattr(sweep, "run_recipe", lambda recipe, **_: calls.append(("run", recipe.train.seed)))
+    monkeypatch.setattr(sweep, "resume", lambda place, **_: calls.append(("resume", place.name)))
     (folder / "train.seed=1").mkdir(parents=True)
     (folder / "train.seed=1" / "recipe.yaml").write_text(sweep_recipe(recipes[0]))
     run_sweep(folder, recipes, key, values)
     assert calls == [("resume", "train.seed=1"), ("run", 2)]
+
+
+def test_the_dense_network_is_trained_once(recipe_file, tmp_path):
+    """Every run's files say the same as if it had run alone."""
+    key, values = parse_sweep("compress.sparsity=0.25,0.5")
+    folder, recipes = plan_sweep(recipe_file, [], key, values)
+    found = [run["result"] for run in run_sweep(folder, recipes, key, values)["runs"]]
+    assert not (folder / sweep.BASELINE).exists()
+    logs = [(folder / folder_name(key, value) / "log.txt").read_text() for value in values]
+    assert ["taken over from another run" in log for log in logs] == [False, True]
+    alone = run_recipe(read_recipe(recipe_file, ["sparsity=0.5", f"output.folder={tmp_path / 'alone'}"]))
+    for same in ("metric", "bits", "kept", "max_rel_difference"):
+        assert alone[same] == found[1][same]
+    rows = [history(place) for place in (tmp_path / "alone", folder / folder_name(key, 0.5))]
+    assert rows[0] == rows[1]
+    assert {row["run"] for row in rows[1]} == {"dense", "compact"}
+
+
+def history(folder):
+    rows = [json.loads(line) for line in (folder / "history.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in row.items() if key != "seconds"} for row in rows]
+
+
+def test_a_dense_network_trained_otherwise_is_not_taken(recipe_file, tmp_path):
+    key, values = parse_sweep("train.seed=1,2")
+    folder, recipes = plan_sweep(recipe_file, [], key, values)
+    run_sweep(folder, recipes, key, values)
+    assert not any("taken over" in (folder / folder_name(key, value) / "log.txt").read_text() for value in values)
+
+
+def test_a_damaged_dense_network_is_trained_again(recipe_file, tmp_path):
+    key, values = parse_sweep("compress.sparsity=0.25,0.5")
+    folder, recipes = plan_sweep(recipe_file, [], key, values)
+    run_recipe(recipes[0], baseline=folder / sweep.BASELINE)
+    state = next((folder / sweep.BASELINE).rglob("state.pt"))
+    state.write_bytes(state.read_bytes()[:-7])
+    run_sweep(folder, recipes, key, values)
+    log = (folder / folder_name(key, 0.5) / "log.txt").read_text()
+    assert "is damaged" in log
+    assert "trained again" in log
 
 
 def sweep_recipe(recipe: object) -> str:

@@ -25,10 +25,11 @@ TRAINED = "trained"
 
 
 class Checkpoints:
-    """The checkpoints of one run. notes: what was found damaged, in words."""
+    """The checkpoints of one run. go_on: how to, once there is room on the disk. notes: what was found damaged, in words."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, go_on: str = "") -> None:
         self.folder = folder
+        self._go_on = go_on or f"go on: {resume_command(folder.parent)}"
         self.notes: list[str] = []
 
     def save(self, leg: int, step: int, state: Mapping[str, Any]) -> None:
@@ -58,6 +59,10 @@ class Checkpoints:
         if names:
             raise CheckpointError(f"no checkpoint in '{self.folder}' is whole: {'; '.join(self.notes)}. Remove the folder and start again")
         return None
+
+    def has_trained(self) -> bool:
+        """Whether `save_trained` has written something."""
+        return (self.folder / TRAINED).is_dir()
 
     def trained(self) -> dict[str, Any]:
         """What `save_trained` wrote. Raises CheckpointError when it is missing or damaged."""
@@ -100,8 +105,7 @@ class Checkpoints:
             kept = f"the checkpoint before it ({before[-1]}) is whole" if before else "there is none before it"
             reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error).splitlines()[0]
             raise GetaError(
-                f"the checkpoint '{final}' can't be written ({reason}); {kept}. Is the disk full? Make room, then go on: "
-                f"{resume_command(self.folder.parent)}"
+                f"the checkpoint '{final}' can't be written ({reason}); {kept}. Is the disk full? Make room, then {self._go_on}"
             ) from error
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)

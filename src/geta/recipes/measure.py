@@ -53,6 +53,7 @@ def measure(job: Job, compact: CompactModel, folder: Path, notes: list[str]) -> 
     }
     difference = None if scores["dense"] is None or scores["compact"] is None else scores["compact"] - scores["dense"]
     call = job.task.call(job.data.test.batch(range(min(len(job.data.test), _COMPARED))))
+    saved = geta.load(folder)
     progress = job.optimizer.progress()
     return {
         "format": 1,
@@ -79,9 +80,9 @@ def measure(job: Job, compact: CompactModel, folder: Path, notes: list[str]) -> 
         "bits": dict(compact.bits),
         "kept": {family: len(indices) for family, indices in compact.kept.items()},
         "latency_ms": latencies(job, compact) if job.recipe.output.latency else {},
-        "max_rel_difference": relative_difference(job.model, folder, call, torch.float64),
-        "max_rel_difference_float32": relative_difference(job.model, folder, call, torch.float32),
-        "reloaded_equal": _reloads_equal(folder, compact, call),
+        "max_rel_difference": relative_difference(job.model, saved, call, torch.float64),
+        "max_rel_difference_float32": relative_difference(job.model, saved, call, torch.float32),
+        "reloaded_equal": _equal(saved, compact, call),
         "seconds": 0.0,  # the run knows
         "versions": versions(),
         "seed": job.recipe.train.seed,
@@ -100,16 +101,16 @@ def versions() -> dict[str, str]:
 
 
 @torch.no_grad()
-def relative_difference(zeroed: nn.Module, saved: Path, call: Call, dtype: torch.dtype) -> float:
+def relative_difference(zeroed: nn.Module, compact: nn.Module, call: Call, dtype: torch.dtype) -> float:
     """Compare the network as trained, its removed groups zero, with the compact one: max|zeroed - compact| / max|zeroed|.
 
-    saved: the folder of the compact network. call: inputs, on the CPU.
+    call: inputs, on the CPU.
     dtype: float64 proves the construction. In float32 a sum taken in another order can move an activation across a rounding
            boundary, and then the outputs differ by what a whole quantization step makes of it.
     """
     args, kwargs = pytree.tree_map_only(torch.Tensor, lambda x: x.to(dtype) if x.is_floating_point() else x, call)
     first = _converted(zeroed, dtype).eval()(*args, **kwargs)
-    second = geta.load(saved).eval().to(dtype)(*args, **kwargs)
+    second = copy.deepcopy(compact).eval().to(dtype)(*args, **kwargs)
     return max_difference(pytree.tree_leaves(first), pytree.tree_leaves(second))[1]
 
 
@@ -130,9 +131,9 @@ def _converted(model: nn.Module, dtype: torch.dtype) -> nn.Module:
 
 
 @torch.no_grad()
-def _reloads_equal(folder: Path, compact: nn.Module, call: Call) -> bool:
+def _equal(saved: nn.Module, compact: nn.Module, call: Call) -> bool:
     args, kwargs = call
-    pair = [pytree.tree_leaves(model.eval()(*args, **kwargs)) for model in (geta.load(folder), compact)]
+    pair = [pytree.tree_leaves(model.eval()(*args, **kwargs)) for model in (saved, compact)]
     return all(torch.equal(a, b) for a, b in zip(*pair, strict=True) if isinstance(a, torch.Tensor))
 
 

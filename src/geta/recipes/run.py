@@ -16,7 +16,8 @@ import torch
 from rich.console import Console
 
 import geta
-from geta.errors import GetaError
+from geta.errors import CheckpointError, GetaError
+from geta.recipes.baseline import shared_baseline
 from geta.recipes.checkpoints import Checkpoints
 from geta.recipes.leg import Leg
 from geta.recipes.measure import costs_by_operation, measure, result_table, versions
@@ -34,11 +35,14 @@ from geta.report.run_records import HistoryRow
 from geta.report.run_report import write_report
 
 
-def run_recipe(recipe: Recipe, *, replace: bool = False, console: Console | None = None) -> dict[str, Any] | None:
+def run_recipe(
+    recipe: Recipe, *, replace: bool = False, console: Console | None = None, baseline: Path | None = None
+) -> dict[str, Any] | None:
     """Run a recipe in its folder and return what `result.json` holds (None in other processes than the first).
 
     replace: a complete run that lies in the folder is removed; otherwise a folder with anything in it is refused.
     console: where people read; None = standard output.
+    baseline: a folder where runs that train the same dense network leave it for each other; each process by itself only.
 
     Raises GetaError and ConfigError before anything is trained when settings, data or folder are unfit, GetaError when training diverges or
     a file can't be written, Interrupted when SIGINT or SIGTERM came: the state is on disk then.
@@ -50,29 +54,36 @@ def run_recipe(recipe: Recipe, *, replace: bool = False, console: Console | None
         job = prepare(recipe, place)
         if place.first:
             claim(folder, recipe)
-        return _run(job, folder, stop, console)
+        return _run(job, folder, stop, console, shared=shared_baseline(baseline, recipe))
 
 
-def resume(folder: Path, *, console: Console | None = None) -> dict[str, Any] | None:
-    """Go on with the run in a folder, which ends as it would have without the interruption. Raises what `run_recipe` raises."""
+def resume(folder: Path, *, console: Console | None = None, baseline: Path | None = None) -> dict[str, Any] | None:
+    """Go on with the run in a folder, which ends as it would have without the interruption. Arguments and errors are `run_recipe`'s."""
     recipe = reopen(folder)
     with writing(folder), joined(recipe.train.device, recipe.train.threads) as place, stoppable() as stop:
-        return _run(prepare(recipe, place), folder, stop, console, resumed=True)
+        return _run(prepare(recipe, place), folder, stop, console, resumed=True, shared=shared_baseline(baseline, recipe))
 
 
-def _run(job: Job, folder: Path, stop: Stop, console: Console | None, *, resumed: bool = False) -> dict[str, Any] | None:
+def _run(
+    job: Job, folder: Path, stop: Stop, console: Console | None, *, resumed: bool = False, shared: Checkpoints | None = None
+) -> dict[str, Any] | None:
     recipe, place = job.recipe, job.place
+    shared = shared if place.ranks == 1 else None
     with recording(folder, recipe, console, first=place.first, append=resumed) as record, saying_how_to_go_on(folder, record):
         checkpoints = Checkpoints(folder / CHECKPOINT)
         legs = [Leg(1, "dense", job.dense, job.base_optimizer(job.dense))] if job.dense is not None else []
         legs.append(Leg(2, "compact", job.model, job.optimizer))
         todo = _restore(legs, checkpoints, record, resumed=resumed)
+        if shared is not None and todo[0].number == 1 and _take_over(todo[0], shared, checkpoints, record):
+            todo = todo[1:]
         if place.first:
             _describe(job, folder, legs)
         for leg in todo:
             Training(job, leg, record, checkpoints, stop, teacher=job.dense).run()
             if leg.number == 1 and place.first:
-                checkpoints.save_trained({"model": leg.model.state_dict(), "rows": leg.rows, "seconds": leg.seconds})
+                for keeper in (checkpoints, shared):
+                    if keeper is not None:
+                        keeper.save_trained({"model": leg.model.state_dict(), "rows": leg.rows, "seconds": leg.seconds})
         leave()
         return _finish(job, legs, record, checkpoints) if place.first else None
 
@@ -87,12 +98,30 @@ def _restore(legs: list[Leg], checkpoints: Checkpoints, record: Record, *, resum
     current = next(leg for leg in legs if leg.number == state["leg"])
     current.load(state)
     if current.number == 2 and len(legs) == 2:
-        dense, trained = legs[0], checkpoints.trained()
-        dense.model.load_state_dict(trained["model"])
-        dense.model.eval()
-        dense.rows, dense.seconds = trained["rows"], trained["seconds"]
+        _adopt(legs[0], checkpoints.trained())
     record.log.note(f"resumed: {current.name}, step {current.step}")
     return legs[legs.index(current) :]
+
+
+def _adopt(dense: Leg, trained: dict[str, Any]) -> None:
+    dense.model.load_state_dict(trained["model"])
+    dense.model.eval()
+    dense.rows, dense.seconds = trained["rows"], trained["seconds"]
+
+
+def _take_over(dense: Leg, shared: Checkpoints, checkpoints: Checkpoints, record: Record) -> bool:
+    """Take the dense network that another run has trained, if there is one."""
+    if not shared.has_trained():
+        return False
+    try:
+        trained = shared.trained()
+    except CheckpointError as error:
+        record.log.note(f"note: {error}; the dense network is trained again")
+        return False
+    _adopt(dense, trained)
+    checkpoints.save_trained(trained)
+    record.log.note(f"{dense.name}: taken over from another run of this sweep, {dense.seconds:.0f} seconds of training")
+    return True
 
 
 def _describe(job: Job, folder: Path, legs: list[Leg]) -> None:

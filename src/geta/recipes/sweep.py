@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ from geta.recipes.run_folder import recipe_of
 from geta.report.files import prepare_folder, write_json
 from geta.report.run_files import RECIPE, RESULT, SWEEP
 from geta.report.run_report import write_report
+
+BASELINE = "baseline"
 
 
 def parse_sweep(text: str) -> tuple[str, list[Any]]:
@@ -49,6 +52,8 @@ def plan_sweep(what: str | Path, overrides: Sequence[str], key: str, values: Seq
 def run_sweep(folder: Path, recipes: Sequence[Recipe], key: str, values: Sequence[Any], console: Console | None = None) -> dict[str, Any]:
     """Run the recipes one after the other; complete runs are skipped, unfinished ones resumed. Returns what `sweep.json` holds.
 
+    The dense network is trained once for all values that don't concern its training.
+
     Raises GetaError when a folder holds another recipe's run, and whatever `run_recipe` raises.
     """
     prepare_folder(folder)
@@ -59,10 +64,16 @@ def run_sweep(folder: Path, recipes: Sequence[Recipe], key: str, values: Sequenc
         result = complete_result(place, recipe)
         if result is None:
             (console or Console()).print(f"{place.name}:", markup=False, highlight=False)
-            result = resume(place, console=console) if (place / RECIPE).is_file() else run_recipe(recipe, console=console)
+            baseline = folder / BASELINE
+            if (place / RECIPE).is_file():
+                result = resume(place, console=console, baseline=baseline)
+            else:
+                result = run_recipe(recipe, console=console, baseline=baseline)
         if result is not None:
             runs.append({"value": value, "folder": place.name, "result": result})
             write_json(folder / SWEEP, {"key": key, "runs": runs})
+    if len(runs) == len(recipes):
+        shutil.rmtree(folder / BASELINE, ignore_errors=True)
     if runs:
         write_report(folder)
     return {"key": key, "runs": runs}
@@ -92,7 +103,7 @@ def folder_name(key: str, value: Any) -> str:
 
 
 def _refuse_others(folder: Path, ours: Sequence[str]) -> None:
-    allowed = {*ours, SWEEP, "report.html", "report.md", "report.json"}
+    allowed = {*ours, SWEEP, BASELINE, "report.html", "report.md", "report.json"}
     other = [path.name for path in sorted(folder.iterdir()) if path.name not in allowed]
     if other:
         raise GetaError(
