@@ -110,9 +110,10 @@ def test_overrides_are_yaml_and_short_keys_are_those_of_one_section(recipe_file)
     assert recipe.train.augment[0].most == 2
     assert recipe.train.optimizer.lr == 1e-3
     assert read_bits(recipe.compress.weight_bits) == Bits.of({4, 8})
-    assert [full_key(key) for key in ("folder", "seed", "data.path", "baseline")] == [
+    assert [full_key(key) for key in ("folder", "seed", "lr", "data.path", "baseline")] == [
         "output.folder",
         "train.seed",
+        "train.optimizer.lr",
         "data.path",
         "baseline",
     ]

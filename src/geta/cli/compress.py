@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from json import dumps
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
@@ -22,6 +23,7 @@ def compress_command(
     *,
     recipe: Annotated[str | None, typer.Argument(metavar="RECIPE", help="A YAML file, or the name of a shipped recipe.")] = None,
     overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings instead of the recipe's.")] = None,
+    out: Annotated[Path | None, typer.Option(metavar="DIR", help="The folder of the run, or of the sweep: output.folder=DIR.")] = None,
     resume: Annotated[Path | None, typer.Option(metavar="DIR", help="Go on with the interrupted run in this folder.")] = None,
     sweep: Annotated[str | None, typer.Option(metavar="KEY=V1,V2,...", help="One run per value, into folders of their own.")] = None,
     list_: Annotated[bool, typer.Option("--list", help="List the shipped recipes and end.")] = False,
@@ -37,8 +39,8 @@ def compress_command(
     if list_:
         return _list(output)
     if resume is not None:
-        if recipe is not None or sweep is not None:
-            raise ConfigError("--resume goes on with the recipe that lies in the folder: leave RECIPE, KEY=VALUE and --sweep out")
+        if recipe is not None or sweep is not None or out is not None:
+            raise ConfigError("--resume goes on with the recipe that lies in the folder: leave RECIPE, KEY=VALUE, --out and --sweep out")
         from geta.recipes.run import resume as resume_run
 
         folder = resume
@@ -49,17 +51,30 @@ def compress_command(
     from geta.recipes.read import read_recipe
     from geta.recipes.run import run_recipe
 
+    settings = _with_folder(overrides or [], out)
     if sweep is None:
-        wanted = read_recipe(recipe, overrides or [])
+        wanted = read_recipe(recipe, settings)
         return _report(stopping_with_code(lambda: run_recipe(wanted, console=console)), output)
 
     from geta.recipes.sweep import parse_sweep, plan_sweep, run_sweep
 
     key, values = parse_sweep(sweep)
-    folder, recipes = plan_sweep(recipe, overrides or [], key, values)
+    folder, recipes = plan_sweep(recipe, settings, key, values)
     found = stopping_with_code(lambda: run_sweep(folder, recipes, key, values, console))
     console.print(sweep_table(found))
     return _report(found, output)
+
+
+def _with_folder(overrides: list[str], out: Path | None) -> list[str]:
+    """The overrides with `out` as the folder of the run. Raises ConfigError when both name one."""
+    from geta.recipes.read import full_key
+
+    if out is None:
+        return overrides
+    named = next((text for text in overrides if full_key(text.partition("=")[0]) == "output.folder"), None)
+    if named is not None:
+        raise ConfigError(f"--out {out} and {named} both name the folder of the run: leave one of them out")
+    return [*overrides, f"output.folder={dumps(str(out))}"]
 
 
 def stopping_with_code(job: Callable[[], Result]) -> Result:

@@ -16,7 +16,7 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
     ),
     "compress": (
         "geta compress digits",
-        "geta compress digits train.epochs=10 sparsity=0.7 output.folder=runs/narrow",
+        "geta compress digits train.epochs=10 sparsity=0.7 --out runs/narrow",
         "geta compress my.yaml --sweep sparsity=0.3,0.5,0.7",
         "geta compress --resume runs/digits",
     ),

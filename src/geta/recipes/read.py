@@ -85,10 +85,11 @@ def parse_override(text: str) -> tuple[str, Any]:
 
 
 def full_key(key: str) -> str:
-    """`sparsity` -> `compress.sparsity`; keys with a dot and names of sections stay. Raises ConfigError for what no section has."""
+    """`sparsity` -> `compress.sparsity`, `lr` -> `train.optimizer.lr`; keys with a dot and names of sections stay. Raises ConfigError for what no section has."""
     if "." in key or key in Recipe.model_fields:
         return key
-    sections = {name: fields for name in ("train", "compress", "output", "model") for fields in [_fields({_classes(Recipe, name)[0]})]}
+    sections = {name: _fields({_classes(Recipe, name)[0]}) for name in ("train", "compress", "output", "model")}
+    sections["train.optimizer"] = _fields({_classes(_classes(Recipe, "train")[0], "optimizer")[0]})
     owners = [name for name, fields in sections.items() if key in fields]
     if len(owners) == 1:
         return f"{owners[0]}.{key}"
