@@ -72,10 +72,12 @@ class RangeFollower:
         signed = torch.tensor([q.signed for q in self._followed]).to(device, non_blocking=True)
         q_m, d, t = (torch.stack([getattr(q, name).detach().reshape(()) for q in self._followed]) for name in ("q_m", "d", "t"))
         x = pad_sequence(samples, batch_first=True).to(q_m.dtype)  # zeros change neither the largest values nor the sum of errors
-        found = _range(x.abs(), counts)
+        usual, largest = _ranges(x.abs(), counts)
         levels = q_m.pow(t) / d
-        now, new, power = ranks.total(torch.stack([*(_squared_error(x, q, levels, signed) for q in (q_m, found)), x.square().sum(dim=1)]))
-        anew = (now > _WORSE * new) & (now > _FELT * power) & (found > 0)
+        errors = [_squared_error(x, q, levels, signed) for q in (q_m, usual, largest)]
+        now, with_usual, with_largest, power = ranks.total(torch.stack([*errors, x.square().sum(dim=1)]))
+        found = torch.where(with_largest < with_usual, largest, usual)
+        anew = (now > _WORSE * torch.minimum(with_usual, with_largest)) & (now > _FELT * power) & (found > 0)
         self.times += anew.to(self.times.device)
         ratio = torch.where(anew, found / q_m, 1.0)
         for name, factor in (("d", ratio.pow(t)), ("q_m", ratio)):
@@ -97,9 +99,9 @@ class RangeFollower:
         return [f"ranges of {count} of {len(times)} activations were set anew, {sum(times)} times in all: values had outgrown them"]
 
 
-def _range(magnitudes_AN: Tensor, counts_A: Tensor) -> Tensor:
-    """What `geta.quantize` would take [A]: the value that a thousandth of all ranks' values exceeds, the largest if that is zero; 0 where
-    nothing was seen. With several ranks exact for up to 128,000 values, a little above for more."""
+def _ranges(magnitudes_AN: Tensor, counts_A: Tensor) -> Tensor:
+    """What `geta.quantize` would take, the value that a thousandth of all ranks' values exceeds (the largest if that is zero), and the
+    largest [2, A]; 0 where nothing was seen. With several ranks exact for up to 128,000 values, a little above for more."""
     beyond, most = counts_A // _ONE_IN, magnitudes_AN.shape[1]
     looked_at = most // _ONE_IN + 1
     if ranks.count() > 1:
@@ -108,10 +110,10 @@ def _range(magnitudes_AN: Tensor, counts_A: Tensor) -> Tensor:
         mine[:, : min(most, _SHARED)] = magnitudes_AN.topk(min(most, _SHARED), dim=1).values
         magnitudes_AN, looked_at = ranks.gathered(mine).transpose(0, 1).flatten(1), _SHARED
     elif not most:
-        return torch.zeros(len(counts_A)).to(magnitudes_AN)
+        return torch.zeros(2, len(counts_A)).to(magnitudes_AN)
     top = magnitudes_AN.topk(looked_at, dim=1).values
     found = top.gather(1, beyond[:, None])[:, 0]
-    return torch.where(found > 0, found, top[:, 0]).clamp_max(Q_M_DOMAIN[1])
+    return torch.stack([torch.where(found > 0, found, top[:, 0]), top[:, 0]]).clamp_max(Q_M_DOMAIN[1])
 
 
 def _squared_error(x_AN: Tensor, q_A: Tensor, levels_A: Tensor, signed_A: Tensor) -> Tensor:

@@ -85,7 +85,10 @@ def parse_override(text: str) -> tuple[str, Any]:
 
 
 def full_key(key: str) -> str:
-    """`sparsity` -> `compress.sparsity`, `lr` -> `train.optimizer.lr`; keys with a dot and names of sections stay. Raises ConfigError for what no section has."""
+    """`sparsity` -> `compress.sparsity`, `lr` -> `train.optimizer.lr`; keys with a dot and names of sections stay.
+
+    Raises ConfigError for what no section has.
+    """
     if "." in key or key in Recipe.model_fields:
         return key
     sections = {name: _fields({_classes(Recipe, name)[0]}) for name in ("train", "compress", "output", "model")}
