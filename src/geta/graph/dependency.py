@@ -22,6 +22,7 @@ from geta.graph.capture import Capture, capture, check_inputs
 from geta.graph.configured import tied
 from geta.graph.coupling import build_families
 from geta.graph.depth import ResidualBranch, find_residual_branches, layer_families
+from geta.graph.elements import with_blocks
 from geta.graph.explain import Explanation, explain
 from geta.graph.families import Family, Member, Selection, layer_sets
 from geta.graph.fingerprint import fingerprint
@@ -319,6 +320,7 @@ def analyze(
         layers = layer_families(solved.branches, model, protection(model, limits))
         families = restrict([*build_families(found, solved.partition, model), *layers], limits)
         families = with_gates(suggest(families, found, limits, _loosened(solved) if exact else None), captured)
+        families = with_blocks(families, solved.branches, captured, model)
         notes = [*captured.notes, *unused_granularity(found, limits)]
         example = Example(args, kwargs, dynamic_shapes, exact, limits)
         known = {False: (fingerprint(model), solved)}

@@ -109,6 +109,11 @@ def replacements(gone: Sequence[ResidualBranch]) -> dict[fx.Node, fx.Node | None
     return found
 
 
+def needed_without(captured: Capture, replaced: dict[fx.Node, fx.Node | None]) -> dict[fx.Node, None]:
+    """Everything that the output needs when other nodes stand for some (`replacements`)."""
+    return _needed(captured.graph, replaced)
+
+
 def _needed(graph: fx.Graph, replaced: dict[fx.Node, fx.Node | None]) -> dict[fx.Node, None]:
     """Everything that the output needs, placeholders included; operators that only write (counters) are looked at by who reads them."""
     needed: dict[fx.Node, None] = {}

@@ -67,6 +67,8 @@ class Family:
     suggestion: str = ""
     gated: frozenset[str] = frozenset()
     removes: tuple[str, ...] = ()
+    block: str = ""
+    no_block: str = ""
 
     @property
     def is_layer(self) -> bool:
