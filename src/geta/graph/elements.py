@@ -104,13 +104,13 @@ def _hindrance(path: str, own: Sequence[tuple[Family, ResidualBranch]], inside: 
     left = [node for node in inside if node in needed and node not in replaced]
     for node in left:
         if not _hands_on(node, replaced):
-            return f"'{path}' still computes {operator_name(node.target).rpartition('::')[2]} at '{captured.module_path(node)}' without them"
+            return (
+                f"'{path}' still computes {operator_name(node.target).rpartition('::')[2]} at '{captured.module_path(node)}' without them"
+            )
     return _other_shape(path, left, set(inside), replaced)
 
 
-def _other_shape(
-    path: str, left: Sequence[fx.Node], inside: AbstractSet[fx.Node], replaced: dict[fx.Node, fx.Node | None]
-) -> str:
+def _other_shape(path: str, left: Sequence[fx.Node], inside: AbstractSet[fx.Node], replaced: dict[fx.Node, fx.Node | None]) -> str:
     """Why what leaves an element isn't what comes in, where all in it are other shapes of that, or ""."""
     for node in left:
         if all(user in inside and user not in replaced for user in node.users):
