@@ -172,8 +172,8 @@ def _planned(product: EagerProduct) -> _Plan:
     wanted, given = _shapes(small), {name: tuple(tensor.shape) for name, tensor in built.state_dict().items()}
     if product.shortening and set(wanted) != set(given):
         raise BadModelError(
-            f"there is no folder for this {kind.__name__} without {'; '.join(product.shortening.lines())}: {product.undescribed}: keep these "
-            f"branches, or use the graph product, geta.compact(model, graph).save(folder)"
+            f"there is no folder for this {kind.__name__} with fewer layers ({_listed(product.shortening.lines())}), because "
+            f"{product.undescribed}: keep these branches, or use the graph product, geta.compact(model, graph).save(folder)"
         )
     if set(wanted) != set(given):
         other = sorted(set(wanted) ^ set(given))
