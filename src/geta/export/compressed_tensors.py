@@ -97,7 +97,7 @@ class PackedFile:
         def words(text: str) -> str:
             return re.sub(r"'([\w.]+)'", lambda quoted: f"'{name(quoted[1]) or quoted[1]}'", text)
 
-        self.tensors, self.packed, self.groups, self.inputs = map(keys, (self.tensors, self.packed, self.groups, self.inputs))
+        self.tensors, self.packed, self.groups, self.inputs = keys(self.tensors), keys(self.packed), keys(self.groups), keys(self.inputs)
         self.floating, self.lost = ({key: words(why) for key, why in keys(table).items()} for table in (self.floating, self.lost))
         self.notes = [words(note) for note in self.notes]
         self.config["ignore"] = [new(path) for path in self.config["ignore"]]

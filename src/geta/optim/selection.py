@@ -163,7 +163,8 @@ class Selector:
         sets = [[Unit(len(unit), float(scores[unit[~pruned[unit]]].sum()), bool(pruned[unit].any())) for unit in one] for one in ids]
         chosen = zip(ids, cheapest(sets, self.layer_target), strict=True)
         found = np.concatenate([np.zeros(0, np.int64), *(one[place] for one, places in chosen for place in places)])
-        return found[~pruned[found]]
+        left: np.ndarray = found[~pruned[found]]
+        return left
 
     def _together(self, scores: np.ndarray, pruned: np.ndarray) -> np.ndarray:
         """The scores, of branches that go together the mean of those that are left, so that they go one after the other."""

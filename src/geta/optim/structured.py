@@ -81,9 +81,8 @@ class StructuredOptimizer(WrappingOptimizer):
         families = self._index.families
         ties = ties_of(graph, self._index) if uniform else []
         channels = [family.channels for family in families]
-        selector = Selector(
-            self._index.sizes, wanted, multiple_of, channels, ties=ties, layers=layers, units=self._index.units, wanted_layers=wanted_layers
-        )
+        branches: dict[str, Any] = {"layers": layers, "units": self._index.units, "wanted_layers": wanted_layers}
+        selector = Selector(self._index.sizes, wanted, multiple_of, channels, ties=ties, **branches)
         if (selector.target or target) and not schedule.joint_steps:
             what = "a budget is to be met" if target else f"{selector.target} groups are to be removed"
             raise ConfigError(f"{what}, but the schedule has no joint stage: give schedule.joint > 0")
