@@ -92,6 +92,7 @@ class DependencyGraph:
             {
                 **family.summary(),
                 "removes": list(family.removes),
+                "block": family.block,
                 "members": [
                     {"param": m.param, "dim": m.dim, "rows_per_group": int(m.index.shape[1]), "role": m.role, "zero": m.zero}
                     for m in family.members

@@ -104,9 +104,8 @@ def _hindrance(path: str, own: Sequence[tuple[Family, ResidualBranch]], inside: 
     left = [node for node in inside if node in needed and node not in replaced]
     for node in left:
         if not _hands_on(node, replaced):
-            return (
-                f"'{path}' still computes {operator_name(node.target).rpartition('::')[2]} at '{captured.module_path(node)}' without them"
-            )
+            name = operator_name(node.target).rpartition("::")[2]
+            return f"'{path}' still computes {name} at '{captured.module_path(node)}' without its branches"
     return _other_shape(path, left, set(inside), replaced)
 
 

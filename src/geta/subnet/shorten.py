@@ -18,6 +18,8 @@ from geta.errors import BadModelError
 from geta.graph.configured import is_pretrained
 from geta.graph.dependency import DependencyGraph
 from geta.graph.families import Selection
+from geta.quant.fixed import FixedQuantizer
+from geta.quant.quantizer import Quantizer
 from geta.subnet.attributes import Change, Sizes, apply
 from geta.subnet.branches import selected_layers
 from geta.subnet.pretrained import Fit, UnfitError, fitting_lengths
@@ -75,6 +77,9 @@ def shorter(model: nn.Module, graph: DependencyGraph, blocks: list[str]) -> Shor
         raise BadModelError(f"there is no eager product, because the model can't be copied: {type_and_line(error)}") from error
     numbers = _places(small, shortening)
     shortening.apply(small)
+    for module in small.modules():
+        if isinstance(module, Quantizer | FixedQuantizer):
+            module.name = shortening.name(module.name) or module.name
     for change in numbers:
         apply(small, change)
     reason, undescribed = "", ""
