@@ -213,6 +213,18 @@ def test_what_depends_on_its_number_has_no_folder(tmp_path: Path) -> None:
     assert geta.save_pretrained(model, graph, tmp_path, selection=last).needs_geta == ""
 
 
+def test_settings_that_follow_from_the_number_follow(tmp_path: Path) -> None:
+    """Backbones name their stages in the configuration, the last of them as what comes out."""
+    sizes = {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "image_size": 16, "patch_size": 8, "mlp_ratio": 2}
+    model = hf.Dinov2ForImageClassification(hf.Dinov2Config(**sizes)).eval()
+    example = {"pixel_values": torch.randn(2, 3, 16, 16)}
+    graph = geta.analyze(model, (), example, depth=True)
+    report = geta.save_pretrained(model, graph, tmp_path, selection=without(graph, ("dinov2.encoder.layer.1",)))
+    assert "config._out_features: ['stage3'] -> ['stage2']" in report.changes
+    loaded = hf.AutoModelForImageClassification.from_pretrained(tmp_path)
+    assert (loaded.config.num_hidden_layers, loaded.config.out_features) == (2, ["stage2"])
+
+
 def test_without_a_number_there_is_no_folder(tmp_path: Path) -> None:
     """Blocks that were added to the class's own: the eager product exists, and says why no folder does."""
     model = hf.LlamaForCausalLM(hf.LlamaConfig(**hf_nets.LLAMA)).eval()

@@ -172,6 +172,21 @@ def test_lists_in_lists() -> None:
     assert product.shortening.name("layers.1.0.out.weight") is None
 
 
+def test_names_of_elements_stay_names_and_a_module_that_stands_there_twice_stays_twice() -> None:
+    act = nn.Tanh()
+    named = nn.Sequential()
+    for name, module in {"first": nn.Linear(WIDTH, WIDTH), "act": act, "one": Wrapped(mlp()), "again": act, "two": Wrapped(mlp())}.items():
+        named.add_module(name, module)
+    model, args, graph = built(nn.Sequential(named, act, Wrapped(mlp()), act, nn.Linear(WIDTH, 3)))
+    selection = without(graph, "0.one", "2")
+    product = compact_eager(model, graph, selection)
+    same(model, product.model, args, graph, selection)
+    assert [*product.model._modules] == ["0", "1", "2", "3"]
+    assert [*product.model[0]._modules] == ["first", "act", "again", "two"]
+    assert product.model[0].act is product.model[0].again is product.model[1] is product.model[2]
+    assert product.changes[:2] == ["0: 5 -> 4 (without one)", "the model itself: 5 -> 4 (without 2)"]
+
+
 def test_what_is_left_of_a_block_is_named() -> None:
     model, _, graph = built(Counting())
     names = [family.name for family in graph.families if family.block == "layers.1"]
@@ -187,6 +202,33 @@ def test_what_is_left_of_a_block_is_named() -> None:
     small = geta.compact(model, graph, half, product="auto")
     assert isinstance(small, CompactModel)
     assert words in small.info.notes[-1]
+
+
+class Flat(nn.Module):
+    """Works on rows without their sequences, as OPT does, and gives them their shape back, or doesn't."""
+
+    def __init__(self, *, back: bool) -> None:
+        super().__init__()
+        self.attn, self.mlp, self.back = Attention(), mlp(), back
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.reshape(-1, 5, WIDTH)
+        x = x + self.attn(x)
+        rows = x.reshape(-1, WIDTH)
+        rows = rows + self.mlp(rows)
+        return rows.view(x.shape) if self.back else rows
+
+
+def test_another_shape_of_the_same_numbers_is_no_hindrance() -> None:
+    model, args, graph = built(nn.Sequential(Flat(back=True), Flat(back=True), nn.Linear(WIDTH, 3)))
+    selection = without(graph, "1")
+    product = compact_eager(model, graph, selection)
+    same(model, product.model, args, graph, selection)
+    assert len(product.model) == 2
+    _, _, graph = built(nn.Sequential(Flat(back=False), Flat(back=False), nn.Linear(WIDTH, 3)))
+    assert {family.no_block for family in graph.families if family.is_layer and family.name.startswith("0")} == {
+        "'0' gives another shape to what it gets"
+    }
 
 
 class Alone(nn.Module):

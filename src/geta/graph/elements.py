@@ -11,7 +11,7 @@ that has it; only elements with others of their class count, so that the two unl
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import replace
 
@@ -25,6 +25,7 @@ from geta.graph.propagate import bind_arguments
 from geta.graph.rules.registry import operator_name
 from geta.graph.zeros import is_tensor
 
+_Replaced = Mapping[fx.Node, fx.Node | None]
 IN_NO_LIST = "it is in no nn.ModuleList or nn.Sequential with others like it"
 _SAME = ("aten::alias", "aten::detach", "aten::clone", "aten::contiguous", "aten::to", "aten::_to_copy")
 _RESHAPES = ("aten::view", "aten::reshape", "aten::flatten", "aten::unflatten", "aten::squeeze", "aten::unsqueeze", "aten::_unsafe_view")
@@ -67,9 +68,9 @@ def list_elements(model: nn.Module) -> list[str]:
         if not isinstance(module, nn.ModuleList | nn.Sequential):
             continue
         in_turn = isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward
-        kinds = Counter(type(child) for child in module.children())
+        kinds = Counter(type(child) for child in module)
         prefix = f"{path}." if path else ""
-        found += [f"{prefix}{name}" for name, child in module.named_children() if in_turn or kinds[type(child)] > 1]
+        found += [f"{prefix}{name}" for name, child in module._modules.items() if in_turn or kinds[type(child)] > 1]
     return found
 
 
@@ -106,13 +107,19 @@ def _hindrance(path: str, own: Sequence[tuple[Family, ResidualBranch]], inside: 
         if not _hands_on(node, replaced):
             name = operator_name(node.target).rpartition("::")[2]
             return f"'{path}' still computes {name} at '{captured.module_path(node)}' without its branches"
-    return _other_shape(path, left, set(inside), replaced)
+    return _other_shape(path, left, (set(inside), needed), replaced)
 
 
-def _other_shape(path: str, left: Sequence[fx.Node], inside: AbstractSet[fx.Node], replaced: dict[fx.Node, fx.Node | None]) -> str:
-    """Why what leaves an element isn't what comes in, where all in it are other shapes of that, or ""."""
+def _other_shape(
+    path: str, left: Sequence[fx.Node], nodes: tuple[AbstractSet[fx.Node], Mapping[fx.Node, None]], replaced: _Replaced
+) -> str:
+    """Why what leaves an element isn't what comes in, where all in it are other shapes of that, or "".
+
+    nodes: those in it, and those that the output needs.
+    """
+    inside, needed = nodes
     for node in left:
-        if all(user in inside and user not in replaced for user in node.users):
+        if all(user in inside for user in _readers(node, needed, replaced)):
             continue
         source = node
         while source in inside:
@@ -122,16 +129,26 @@ def _other_shape(path: str, left: Sequence[fx.Node], inside: AbstractSet[fx.Node
     return ""
 
 
-def _operand(node: fx.Node, replaced: dict[fx.Node, fx.Node | None]) -> fx.Node:
+def _readers(node: fx.Node, needed: Mapping[fx.Node, None], replaced: _Replaced) -> Iterator[fx.Node]:
+    """Who reads a tensor, where additions without their branches are skipped."""
+    for user in node.users:
+        if user not in replaced:
+            yield from (user,) if user in needed else ()
+        elif replaced[user] is node:
+            yield from _readers(user, needed, replaced)
+
+
+def _operand(node: fx.Node, replaced: _Replaced) -> fx.Node:
     """What a tensor is a copy of, where additions without their branches are skipped."""
-    source: fx.Node | None = node if node in replaced else node.all_input_nodes[0]
+    source = node if node in replaced else node.all_input_nodes[0]
     while source in replaced:
-        source = replaced[source]
-    assert source is not None  # nobody needs a sum of which nothing is left
+        instead = replaced[source]
+        assert instead is not None  # nobody needs a sum of which nothing is left
+        source = instead
     return source
 
 
-def _hands_on(node: fx.Node, replaced: dict[fx.Node, fx.Node | None]) -> bool:
+def _hands_on(node: fx.Node, replaced: _Replaced) -> bool:
     """Whether a call computes nothing but its first operand again."""
     name = operator_name(node.target)
     if name not in (*_SAME, *_RESHAPES, *_RELUS, "aten::dropout"):
@@ -144,7 +161,7 @@ def _hands_on(node: fx.Node, replaced: dict[fx.Node, fx.Node | None]) -> bool:
     return bool(node.meta["val"].dtype == source.meta["val"].dtype)
 
 
-def _is_not_negative(node: fx.Node, replaced: dict[fx.Node, fx.Node | None]) -> bool:
+def _is_not_negative(node: fx.Node, replaced: _Replaced) -> bool:
     while node.op == "call_function":
         name = operator_name(node.target)
         if name in _RELUS:

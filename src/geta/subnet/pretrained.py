@@ -121,12 +121,16 @@ class _Search:
 
     def _better(self, config: Any, left: int) -> Iterator[_Step]:
         for number, value in self._proposals(config):
+            tried: list[Any] = []
             for change in self.ways(number, value):
                 if self._builds >= MOST_BUILDS:
                     return
                 trial = copy.deepcopy(config)
                 try:
                     more = change(trial)
+                    if any(vars(trial) == vars(other) for other in tried):
+                        continue
+                    tried.append(trial)
                     wrong = self.wrong(self.build(trial))
                 except Exception:  # noqa: BLE001, S112 - a configuration that its own class refuses is no candidate
                     continue
@@ -168,8 +172,26 @@ class _LengthSearch(_Search):
         for path, table in self._shortening.tables.items():
             kept = self._shortening.kept(path)
             if (len(table), len(kept)) == (number.value, value):
-                yield functools.partial(_thinned, number, kept, Shortening({path: table}))
+                follow = functools.partial(_thinned, number, kept, Shortening({path: table}))
+                yield lambda config, follow=follow: [*follow(config), *_derived(number, value, config)]  # type: ignore[misc]
+                yield follow
         yield from super().ways(number, value)
+
+
+def _derived(number: Number, value: int, config: Any) -> list[str]:
+    """Change what follows from a number, in place: settings that a configuration has which is made with the number alone."""
+    owner = config
+    for name in number.path[:-1]:
+        owner = getattr(owner, name)
+    if number.place is not None:
+        return []
+    before, after = (vars(type(owner)(**{number.path[-1]: one})) for one in (number.value, value))
+    lines = []
+    for name, now in list(vars(owner).items()):
+        if name != number.path[-1] and name in before and name in after and now == before[name] != after[name]:
+            vars(owner)[name] = after[name]
+            lines.append(f"config.{'.'.join((*number.path[:-1], name))}: {now} -> {after[name]}")
+    return lines
 
 
 def _thinned(number: Number, kept: Sequence[int], shortening: Shortening, config: Any) -> list[str]:

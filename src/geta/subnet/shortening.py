@@ -19,7 +19,7 @@ class Shortening:
         """The lists without these elements; elements that have numbers for names are numbered anew, as `del layers[i]` does it."""
         tables: dict[str, dict[str, str | None]] = {}
         for path in dict.fromkeys(block.rpartition(".")[0] for block in blocks):
-            names = [name for name, _ in model.get_submodule(path).named_children()]
+            names = [*model.get_submodule(path)._modules]  # all: named_children leaves out modules that stand there twice
             prefix = f"{path}." if path else ""
             kept = [name for name in names if f"{prefix}{name}" not in blocks]
             numbered = names == [str(place) for place in range(len(names))]
