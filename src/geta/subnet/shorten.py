@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from torch import nn
 
@@ -71,6 +71,32 @@ def shorter(model: nn.Module, graph: DependencyGraph, blocks: list[str]) -> Shor
     shortening = Shortening.of(model, blocks)
     if not shortening:
         return Shorter(model, shortening)
+    small, numbers = _without(model, shortening)
+    found: Shorter | str = ""
+    undescribed = ""
+    for fit in _fits(small, model, shortening):
+        if isinstance(fit, str):
+            undescribed = fit
+            continue
+        found = _proved(model, graph, small, (shortening, numbers, fit))
+        if isinstance(found, Shorter):
+            return found
+        if fit:
+            undescribed = f"with {', '.join(fit.numbers)} it doesn't run as the zeroed model does, {found}"
+            small, numbers = _without(model, shortening)  # the configuration left its marks on the other one
+    if undescribed:
+        found = _proved(model, graph, small, (shortening, numbers, None))
+    if isinstance(found, Shorter):
+        return replace(found, undescribed=undescribed)
+    also = f", where {numbers[0]}" + (f" and {len(numbers) - 1} more are set" if len(numbers) > 1 else " is set") if numbers else ""
+    raise BadModelError(
+        f"there is no eager product of this {type(model).__name__}, use the graph product: without {', '.join(blocks)}{also}, it does not "
+        f"compute what it computes with their branches zero: {found}"
+    )
+
+
+def _without(model: nn.Module, shortening: Shortening) -> tuple[nn.Module, list[Change]]:
+    """A copy of the model without the elements that go, and the numbers of places that were changed in it."""
     try:
         small = copy.deepcopy(model)
     except Exception as error:
@@ -82,24 +108,7 @@ def shorter(model: nn.Module, graph: DependencyGraph, blocks: list[str]) -> Shor
             module.name = shortening.name(module.name) or module.name
     for change in numbers:
         apply(small, change)
-    reason, undescribed = "", ""
-    for fit in _fits(small, model, shortening):
-        if isinstance(fit, str):
-            undescribed = fit
-            continue
-        found = _proved(model, graph, copy.deepcopy(small), (shortening, numbers, fit))
-        if isinstance(found, Shorter):
-            return found
-        reason = found
-        undescribed = f"with {', '.join(fit.numbers)} it doesn't run as the zeroed model does, {found}" if fit else undescribed
-    found = _proved(model, graph, small, (shortening, numbers, None)) if undescribed else reason
-    if isinstance(found, Shorter):
-        return Shorter(found.model, shortening, found.lines, found.changes, found.notes, undescribed)
-    also = f", where {numbers[0]}" + (f" and {len(numbers) - 1} more are set" if len(numbers) > 1 else " is set") if numbers else ""
-    raise BadModelError(
-        f"there is no eager product of this {type(model).__name__}, use the graph product: without {', '.join(blocks)}{also}, it does not "
-        f"compute what it computes with their branches zero: {found}"
-    )
+    return small, numbers
 
 
 def _fits(small: nn.Module, model: nn.Module, shortening: Shortening) -> Iterator[Fit | str | None]:
