@@ -108,8 +108,8 @@ def test_random_selections_leave_a_branch_of_every_set() -> None:
         seen.add(tuple(gone))
     assert len(seen) == 4
     assert sum(bool(graph.random_selection(0.9, seed=0)[family.name].all()) for family in layers(graph)) == 2
-    with pytest.raises(ConfigError, match="uniform=True"):
-        graph.random_selection(0.5, uniform=True)
+    even = graph.random_selection(0.5, uniform=True)
+    assert sum(bool(even[family.name].all()) for family in layers(graph)) == 2
 
 
 def test_branches_that_repeat_nowhere_are_one_set() -> None:
@@ -136,6 +136,7 @@ def test_a_branch_is_explained_shown_and_written() -> None:
         f"2.branch.{part}" for part in ("0.weight", "0.bias", "1.weight", "1.bias", "3.weight", "3.bias")
     ]
     assert record["2.branch.1"]["removes"] == []
+    assert (record["2.branch (layer)"]["block"], record["2.branch.1"]["block"]) == ("2", "")
 
 
 def test_the_page_of_a_graph_with_branches_names_what_goes(tmp_path) -> None:

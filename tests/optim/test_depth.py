@@ -128,8 +128,6 @@ def test_a_budget_that_needs_every_branch_is_refused() -> None:
 def test_settings_that_contradict_are_refused() -> None:
     model, args, graph = deep(2)
     base = torch.optim.SGD(model.parameters(), lr=0.1)
-    with pytest.raises(ConfigError, match="uniform=True keeps layers alike"):
-        geta.QASSO(base, graph, sparsity=0.5, schedule=20, uniform=True)
     with pytest.raises(ConfigError, match=r"layer_sparsity is 1\.0"):
         geta.QASSO(base, graph, sparsity=0.5, layer_sparsity=1.0, schedule=20)
     with pytest.raises(ConfigError, match="the budget decides which branches go"):

@@ -138,18 +138,23 @@ def test_zero_branches_are_found_but_never_all_of_a_set() -> None:
     assert kept == {"1.branch (layer)": 0, "2.branch (layer)": 1, "3.branch (layer)": 1, "4.branch (layer)": 0}
 
 
-def test_there_is_no_eager_product_without_a_branch() -> None:
-    model, args = NETS["pre-norm"][0]()
+def test_the_eager_product_needs_whole_blocks() -> None:
+    """More about it in test_shorten.py."""
+    model, args = NETS["parallel"][0]()
     graph = geta.analyze(model, args, depth=True)
-    selection = without(graph, "1.branch (layer)")
-    with pytest.raises(BadModelError, match=r"can't leave out '1\.branch \(layer\)': use the graph product"):
+    selection = without(graph, "1.attn (layer)")
+    with pytest.raises(BadModelError, match=r"'1\.attn \(layer\)' is removed, but '1\.mlp \(layer\)' is still there"):
         geta.compact(model, graph, selection, product="eager")
     small = geta.compact(model, graph, selection, product="auto")
     assert isinstance(small, CompactModel)
-    assert "can't leave out" in small.info.notes[-1]
+    assert "is still there" in small.info.notes[-1]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert type(geta.compact(model, graph, without(graph), product="eager")) is type(model)
+        for names in ((), ("1.attn (layer)", "1.mlp (layer)")):
+            chosen = without(graph, *names)
+            eager = geta.compact(model, graph, chosen, product="eager")
+            assert type(eager) is type(model)
+            assert gap(zeroed(model, graph, chosen), eager, args) < 1e-6
 
 
 def test_a_branch_that_the_model_no_longer_has_is_refused() -> None:

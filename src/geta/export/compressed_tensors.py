@@ -19,8 +19,9 @@ import errno
 import json
 import math
 import os
+import re
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -81,6 +82,27 @@ class PackedFile:
     lost: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     config: dict[str, Any] = field(default_factory=dict)
+
+    def rename(self, name: Callable[[str], str | None]) -> None:
+        """Call tensors, layers and quantizers as `name` says, in place; what it calls None must not be there."""
+
+        def new(old: str) -> str:
+            found = name(old)
+            assert found is not None, old
+            return found
+
+        def keys(table: dict[str, Any]) -> dict[str, Any]:
+            return {new(key): value for key, value in table.items()}
+
+        def words(text: str) -> str:
+            return re.sub(r"'([\w.]+)'", lambda quoted: f"'{name(quoted[1]) or quoted[1]}'", text)
+
+        self.tensors, self.packed, self.groups, self.inputs = keys(self.tensors), keys(self.packed), keys(self.groups), keys(self.inputs)
+        self.floating, self.lost = ({key: words(why) for key, why in keys(table).items()} for table in (self.floating, self.lost))
+        self.notes = [words(note) for note in self.notes]
+        self.config["ignore"] = [new(path) for path in self.config["ignore"]]
+        for group in self.config["config_groups"].values():
+            group["targets"] = [new(path) for path in group["targets"]]
 
     @property
     def input_bits(self) -> dict[str, int]:

@@ -22,8 +22,9 @@ from geta.graph.capture import Capture, capture, check_inputs
 from geta.graph.configured import tied
 from geta.graph.coupling import build_families
 from geta.graph.depth import ResidualBranch, find_residual_branches, layer_families
+from geta.graph.elements import with_blocks
 from geta.graph.explain import Explanation, explain
-from geta.graph.families import Family, Member, Selection, layer_sets
+from geta.graph.families import Family, Member, Selection, layer_units
 from geta.graph.fingerprint import fingerprint
 from geta.graph.gates import with_gates
 from geta.graph.limits import Limits, protect_tensors, protection, restrict, suggest, unused_granularity
@@ -39,10 +40,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _Item = TypeVar("_Item")
-NO_UNIFORM_LAYERS = (
-    "uniform=True keeps layers alike, so that one configuration describes them, but depth=True lets whole residual branches of some "
-    "layers go: use one of the two"
-)
 
 
 @dataclass(frozen=True)
@@ -95,6 +92,7 @@ class DependencyGraph:
             {
                 **family.summary(),
                 "removes": list(family.removes),
+                "block": family.block,
                 "members": [
                     {"param": m.param, "dim": m.dim, "rows_per_group": int(m.index.shape[1]), "role": m.role, "zero": m.zero}
                     for m in family.members
@@ -148,7 +146,8 @@ class DependencyGraph:
             instead of a number aligns channels: of heads with 64 channels each any number is a multiple of 16 channels.
         uniform: families that repeat across layers (`geta.graph.configured.tied`) draw one share together and lose equal numbers.
 
-        Of whole residual branches (`analyze(depth=True)`) the share of all of them goes, but never all of a set: see `layer_sets`.
+        Of whole residual branches (`analyze(depth=True)`) the share of all of them goes, but never all of a set: see `layer_units`. With
+        `uniform` whole blocks go, as many as the share has room for; branches that are part of none stay, and don't count.
         """
         low, high = sparsity if isinstance(sparsity, tuple) else (sparsity, sparsity)
         if not 0 <= low <= high < 1:
@@ -157,8 +156,6 @@ class DependencyGraph:
         generator = torch.Generator(device="cpu").manual_seed(seed)
         shares: dict[str, float] = {}
         families, layers = ([f for f in self.prunable_families if f.is_layer is wanted] for wanted in (False, True))
-        if layers and uniform:
-            raise ConfigError(NO_UNIFORM_LAYERS)
         for tie in (tied(self.model, families) if uniform else [[family] for family in families]) if low < high else ():
             drawn = low + (high - low) * float(torch.rand((), generator=generator, device="cpu", dtype=torch.float64))
             shares.update({family.name: drawn for family in tie})
@@ -168,7 +165,7 @@ class DependencyGraph:
             remove = torch.zeros(family.size, dtype=torch.bool, device="cpu")
             remove[order[family.kept(shares.get(family.name, low), multiple_of) :]] = True
             selection[family.name] = remove
-        return {**selection, **_random_layers(layers, (low, high), generator)}
+        return {**selection, **_random_layers(layers, (low, high), generator, uniform=uniform)}
 
     def check_selection(self, selection: Selection) -> None:
         """Raise ConfigError for unknown families, wrong sizes, unprunable or emptied families."""
@@ -213,14 +210,20 @@ class DependencyGraph:
         return selection
 
 
-def _random_layers(layers: list[Family], share: tuple[float, float], generator: torch.Generator) -> dict[str, torch.Tensor]:
+def _random_layers(
+    layers: list[Family], share: tuple[float, float], generator: torch.Generator, *, uniform: bool
+) -> dict[str, torch.Tensor]:
     """A random share of the residual branches, of each set all but one at most."""
     if not layers:
         return {}
     drawn = share[0] + (share[1] - share[0]) * float(torch.rand((), generator=generator, device="cpu", dtype=torch.float64))
-    sets = layer_sets(layers)
-    able = [family.name for one in sets for family in _shuffled(one, generator)[1:]]
-    gone = set(_shuffled(able, generator)[: int(drawn * len(layers))])
+    sets = layer_units(layers, uniform=uniform)
+    able = [[family.name for family in unit] for one in sets for unit in _shuffled(one, generator)[1:]]
+    most = int(drawn * sum(len(unit) for one in sets for unit in one))
+    gone: set[str] = set()
+    for unit in _shuffled(able, generator):
+        if len(gone) + len(unit) <= most:
+            gone.update(unit)
     return {family.name: torch.tensor([family.name in gone], device="cpu") for family in layers}
 
 
@@ -319,6 +322,7 @@ def analyze(
         layers = layer_families(solved.branches, model, protection(model, limits))
         families = restrict([*build_families(found, solved.partition, model), *layers], limits)
         families = with_gates(suggest(families, found, limits, _loosened(solved) if exact else None), captured)
+        families = with_blocks(families, solved.branches, captured, model)
         notes = [*captured.notes, *unused_granularity(found, limits)]
         example = Example(args, kwargs, dynamic_shapes, exact, limits)
         known = {False: (fingerprint(model), solved)}

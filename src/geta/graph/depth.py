@@ -12,7 +12,7 @@ Two branches that are added to each other first (attention and MLP in parallel) 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field, replace
 
@@ -109,7 +109,12 @@ def replacements(gone: Sequence[ResidualBranch]) -> dict[fx.Node, fx.Node | None
     return found
 
 
-def _needed(graph: fx.Graph, replaced: dict[fx.Node, fx.Node | None]) -> dict[fx.Node, None]:
+def needed_without(captured: Capture, replaced: Mapping[fx.Node, fx.Node | None]) -> dict[fx.Node, None]:
+    """Everything that the output needs when other nodes stand for some (`replacements`)."""
+    return _needed(captured.graph, replaced)
+
+
+def _needed(graph: fx.Graph, replaced: Mapping[fx.Node, fx.Node | None]) -> dict[fx.Node, None]:
     """Everything that the output needs, placeholders included; operators that only write (counters) are looked at by who reads them."""
     needed: dict[fx.Node, None] = {}
     for node in reversed(graph.nodes):

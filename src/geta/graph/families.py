@@ -67,6 +67,8 @@ class Family:
     suggestion: str = ""
     gated: frozenset[str] = frozenset()
     removes: tuple[str, ...] = ()
+    block: str = ""
+    no_block: str = ""
 
     @property
     def is_layer(self) -> bool:
@@ -131,6 +133,27 @@ def layer_sets(families: Sequence[Family]) -> list[list[Family]]:
     ties = repeated(layers)
     alone = [tie[0] for tie in ties if len(tie) == 1]
     return [*(tie for tie in ties if len(tie) > 1), *([alone] if alone else [])]
+
+
+def layer_units(families: Sequence[Family], *, uniform: bool) -> list[list[list[Family]]]:
+    """What goes together of the whole residual branches that may go, in sets of which at least one has to stay.
+
+    uniform: False = each branch for itself, in the sets of `layer_sets`. True = all branches of a block (`Family.block`) at once, and those
+    without a block never; a set are blocks whose branches repeat across layers, and those that repeat nowhere are one set together.
+    """
+    if not uniform:
+        return [[[family] for family in together] for together in layer_sets(families)]
+    blocks: dict[str, list[Family]] = {}
+    for family in families:
+        if family.block and family.prunable:
+            blocks.setdefault(family.block, []).append(family)
+    inside = [family for unit in blocks.values() for family in unit]
+    part_of = {family.name: part for part, tie in enumerate(repeated(inside)) for family in tie}
+    alike: dict[tuple[int, ...], list[list[Family]]] = {}
+    for unit in blocks.values():
+        alike.setdefault(tuple(sorted(part_of[family.name] for family in unit)), []).append(unit)
+    alone = [units[0] for units in alike.values() if len(units) == 1]
+    return [*(units for units in alike.values() if len(units) > 1), *([alone] if alone else [])]
 
 
 def _without_numbers(name: str) -> str:

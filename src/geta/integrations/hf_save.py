@@ -98,8 +98,9 @@ def save_pretrained(
     graph:     its dependency graph. selection: {family: BoolTensor, True = remove}; None = the groups that are zero in `model`.
     widths:    bits that packed weights may have, as in `save_compressed_tensors`; without effect on a model without quantizers.
 
-    Where one configuration describes the cut model (train with `uniform=True`), transformers alone loads the folder. Otherwise its model
-    type is "geta", and `import geta.integrations.hf` has to come before `AutoModel....from_pretrained`. Integer weights are packed in the
+    Where one configuration describes the cut model (train with `uniform=True`), transformers alone loads the folder; whole layers that are
+    gone are part of that, in its number of layers and in lists with an entry for each (docs/depth.md). Otherwise its model type is "geta",
+    and `import geta.integrations.hf` has to come before `AutoModel....from_pretrained`. Integer weights are packed in the
     `compressed-tensors` layout. Before anything is put in its place the folder is loaded and compared with the cut model. A tokenizer is
     not touched: save it into the same folder. `model` is not changed.
 
@@ -118,7 +119,10 @@ def save_pretrained(
     file = None
     if quantizers(model) or fixed_quantizers(model):
         reference = compact(model, graph, selection)
-        file = _completed(_packed(reference, plan, allowed), plan, product.model)
+        file = _packed(reference, plan, allowed)
+        if product.shortening:
+            file.rename(product.shortening.name)
+        file = _completed(file, plan, product.model)
     target = Path(folder)
     try:
         target.mkdir(parents=True, exist_ok=True)
@@ -166,6 +170,11 @@ def _planned(product: EagerProduct) -> _Plan:
         )
     built = _shell(kind, config)
     wanted, given = _shapes(small), {name: tuple(tensor.shape) for name, tensor in built.state_dict().items()}
+    if product.shortening and set(wanted) != set(given):
+        raise BadModelError(
+            f"there is no folder for this {kind.__name__} with fewer layers ({_listed(product.shortening.lines())}), because "
+            f"{product.undescribed}: keep these branches, or use the graph product, geta.compact(model, graph).save(folder)"
+        )
     if set(wanted) != set(given):
         other = sorted(set(wanted) ^ set(given))
         raise BadModelError(f"a new {kind.__name__} has other tensors than this one ({_listed(other[:3])}): were modules added to it?")

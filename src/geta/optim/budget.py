@@ -127,7 +127,8 @@ class BudgetTarget:
     removed, each group left does twice the work: dR counts as dR S / (S - R). (The plain sum of scores left one channel of 64 where
     these were dear, and nothing else could make up for it.)
     A whole residual branch is worth its score times the rows that make it, or what all groups inside it are worth if that is more. Its
-    damage is that of its worth R in its set (`geta.graph.families.layer_sets`), of which the branch worth most always stays.
+    damage is that of its worth R in its set (`geta.graph.families.layer_units`), of which the branch worth most always stays. Branches
+    that go together (`uniform=True`) are one, worth their sum.
     Of an activation, which is not at hand, E[x^2] counts as (q_m^t / 3)^2. Within a family the lowest scores are removed.
 
     budget, graph: as given to the optimizer. index, selector: its groups. quantizers: of the bank, with their final bounds `bits`.
@@ -151,8 +152,8 @@ class BudgetTarget:
         self._ties = sorted(selector.ties)
         self._by_tie = self.model.with_families([[self._family[family] for family in tie] for tie in self._ties])
         self._place = {name: number for number, name in enumerate(self.model.quantizers)}
-        self._layers = selector.layers
-        self._layered = {family for together in self._layers for family in together}
+        self._units = {min(unit): list(unit) for together in selector.units for unit in together}
+        self._layers = [[min(unit) for unit in together] for together in selector.units]
         self._inside = self._groups_inside()
         self._cheapest = self._cheapest_to_keep()
         self._check_feasible(selector.largest)
@@ -224,7 +225,7 @@ class BudgetTarget:
     def _groups_inside(self) -> dict[int, np.ndarray]:
         """Residual branch -> the groups of which nothing lies outside of it."""
         families, found = self._index.families, {}
-        for number in self._layered:
+        for number in sorted(family for unit in self._units.values() for family in unit):
             own = set(families[number].removes)
             inside = [
                 np.arange(start, start + family.size)
@@ -234,14 +235,16 @@ class BudgetTarget:
             found[number] = np.concatenate([np.zeros(0, np.int64), *inside])
         return found
 
-    def _worth(self, family: int, scores: np.ndarray) -> float:
-        """What a residual branch is worth, in scores of groups."""
-        place = self._index.starts[family]
-        own = float(scores[place]) * self._index.rows_of(family)
-        return max(own, float(scores[self._inside[family]].sum()))
+    def _worth(self, first: int, scores: np.ndarray) -> float:
+        """What the residual branches that go with this one are worth, in scores of groups."""
+        total = 0.0
+        for family in self._units[first]:
+            own = float(scores[self._index.starts[family]]) * self._index.rows_of(family)
+            total += max(own, float(scores[self._inside[family]].sum()))
+        return total
 
     def _dearest(self, scores_G: np.ndarray) -> set[int]:
-        """Of each set of residual branches the one that is worth most: it stays."""
+        """Of each set of residual branches that go together those that are worth most: they stay."""
         scores = _scaled(scores_G)
         return {max(together, key=lambda family: self._worth(family, scores)) for together in self._layers}
 
@@ -263,14 +266,14 @@ class BudgetTarget:
         return all(smallest[kind] <= limit for kind, limit in self.limits.items())
 
     def _coordinates(self, scores_G: np.ndarray, noise: Sequence[np.ndarray], kept: set[int]) -> list[Coordinate]:
-        """kept: residual branches that stay."""
+        """kept: residual branches that stay, the first of those that go together."""
         scores = _scaled(scores_G)
-        worth = {family: self._worth(family, scores) for family in self._layered}
+        worth = {first: self._worth(first, scores) for first in self._units}
         whole = {family: sum(worth[other] for other in together) for together in self._layers for family in together}
         coordinates = []
         for number, tie in enumerate(self._ties):
             options = np.array(self._options[tie[0]], dtype=np.int64)
-            if tie[0] in self._layered:
+            if tie[0] in self._units:
                 options = options[:1] if tie[0] in kept else options
                 lost = _damage(np.array([worth[tie[0]], max(whole[tie[0]] - worth[tie[0]], 0.0)]))[: len(options)]
                 coordinates.append(Coordinate(number, False, options, lost))

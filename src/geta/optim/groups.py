@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from geta import ranks
 from geta.errors import BadModelError
-from geta.graph.families import Family, Member, layer_sets
+from geta.graph.families import Family, Member, layer_sets, layer_units
 from geta.graph.names import find_tensor, unwrap
 from geta.optim.shards import Part, common_group, is_first, local, part_of, reshard
 
@@ -103,16 +103,19 @@ class GroupIndex:
 
     graph: anything with `.model` and `.families`.
     skip:  ids of tensors that are never zeroed (quantizer parameters, whose domain excludes zero).
+    uniform: whole residual branches that are part of no block are left out, and those of a block go together.
 
     Whole residual branches come last. layers: sets of them, by place of the family, each of which keeps at least one.
+    units: what goes together of them, in sets of which at least one stays (`geta.graph.families.layer_units`).
     compared_G: family of each group for comparisons within a family, where the branches of a set are one.
 
     Raises BadModelError when the graph doesn't fit its model (tensor missing, index outside, a row in two groups).
     """
 
-    def __init__(self, graph: Graph, *, skip: Collection[int] = ()) -> None:
+    def __init__(self, graph: Graph, *, skip: Collection[int] = (), uniform: bool = False) -> None:
         self.notes: list[str] = []
-        self.families = sorted(self._usable(graph, skip), key=lambda family: family.is_layer)
+        usable = [family for family in self._usable(graph, skip) if family.block or not (uniform and family.is_layer)]
+        self.families = sorted(usable, key=lambda family: family.is_layer)
         self.sizes = [family.size for family in self.families]
         self.starts = np.concatenate([[0], np.cumsum(self.sizes, dtype=np.int64)]).astype(np.int64)
         self.num_groups = int(self.starts[-1])
@@ -129,6 +132,8 @@ class GroupIndex:
         self._compile_rows([whole for _, whole in trained])
         place = {family.name: number for number, family in enumerate(self.families)}
         self.layers = [[place[family.name] for family in together] for together in layer_sets(self.families)]
+        sets = layer_units(self.families, uniform=uniform)
+        self.units = [[sorted(place[family.name] for family in unit) for unit in together] for together in sets]
         self.compared_G: Tensor = self.family_of_G
         self._parts_G: Tensor | None = None
         if self.layers:

@@ -40,7 +40,7 @@ class HESSO(StructuredOptimizer):
     schedule:    a `Schedule`, or the planned number of steps. There is nothing to project, so that a projection stage counts
                  as warm-up.
     multiple_of: each family keeps a multiple of this many groups, or all; or the name of a `geta.device_profile`: of so many channels.
-    uniform:     families that repeat across layers lose equal numbers of groups, see `QASSO`.
+    uniform:     families that repeat across layers lose equal numbers of groups, and whole blocks go, see `QASSO`.
     saliency:    see `geta.optim.saliency.Saliency`.
 
     Raises ConfigError for impossible settings, and for a model with quantizers, whose bit widths only `QASSO` keeps in range.

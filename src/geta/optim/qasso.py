@@ -58,7 +58,8 @@ class QASSO(StructuredOptimizer):
     multiple_of:     each family keeps a multiple of this many groups, or all; or the name of a `geta.device_profile`: of so many channels.
     uniform:         families that repeat across layers (`geta.graph.families.repeated`: the MLPs of all decoder layers, say) and those
                      that one number of a Hugging Face configuration sizes (`geta.graph.configured.tied`) lose equal numbers of groups,
-                     which ones may differ: then one configuration describes the result, where it has words for it.
+                     which ones may differ: then one configuration describes the result, where it has words for it. Of whole residual
+                     branches those of a block (`Family.block`) go together, the nearest number to `layer_sparsity` of them.
     saliency:        see `geta.optim.saliency.Saliency`.
     quant_lr:        learning rate of d, q_m and t (their group's `lr`, weight decay 0).
     forgetting:      "descent" (as published), "uniform", "cosine" or "blend", see `geta.optim.forget`.

@@ -7,7 +7,8 @@ cheapest complete plan for the final K is made (cost = sum of scores, already pr
 groups are marked until the running total is reached. So the last period always lands on an aligned, exactly counted result.
 
 Whole residual branches (`geta.graph.depth`) are counted apart: of these, a number of their own goes, lowest scores first, and at least one
-of each set stays (`geta.graph.families.layer_sets`). One score per group says nothing about how many channels a branch is worth.
+of each set stays (`geta.graph.families.layer_units`). With `uniform=True` the branches of a block go together, and the sum of their scores
+counts. One score per group says nothing about how many channels a branch is worth.
 
 Everything here runs on the host, once per period. Legend: `G` groups, `F` families.
 """
@@ -20,6 +21,7 @@ from itertools import pairwise
 import numpy as np
 
 from geta.devices import resolve_multiple
+from geta.optim.branch_plan import Unit, cheapest, nearest, reachable
 
 _FIRST_WINDOW = 64
 """Blocks of m that are planned exactly at the end of the greedy pass; widened when the target can't be met inside it."""
@@ -33,6 +35,7 @@ class Selector:
     ties: lists of families (by place, all of one size and of equal channels) that lose equal numbers in the end; a family in none is
     free. In `Selector.ties` every family is in exactly one.
     layers: sets of families (by place, each of one group) that are whole residual branches, of which `wanted_layers` go in all.
+    units: what goes together of them, in sets of which at least one unit stays; None = each branch of `layers` is one.
     target: the K that will be met, branches included: the feasible count nearest to what is wanted, the smaller one of two equally near.
     layer_target: how many of them are branches.
     note: in words, when `target` differs from `wanted`; otherwise "".
@@ -50,12 +53,14 @@ class Selector:
         *,
         ties: Sequence[Sequence[int]] = (),
         layers: Sequence[Sequence[int]] = (),
+        units: Sequence[Sequence[Sequence[int]]] | None = None,
         wanted_layers: int = 0,
     ) -> None:
         resolve_multiple(multiple_of)
         self.multiples = [resolve_multiple(multiple_of, each) for each in (channels or [1] * len(sizes))]
         self.starts = np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)]).astype(np.int64)
         self.layers = [list(together) for together in layers]
+        self.units = [[[family] for family in together] for together in layers] if units is None else units
         layered = {family for together in layers for family in together}
         self.multiples = [1 if family in layered else multiple for family, multiple in enumerate(self.multiples)]
         self.options = [
@@ -68,13 +73,15 @@ class Selector:
         assert all(self.options[family] == self.options[tie[0]] for tie in self.ties for family in tie), ties
         ways = [[len(tie) * count for count in self.options[tie[0]]] for tie in self.ties if tie[0] not in layered]
         ordinary = nearest_feasible(ways, wanted)
-        self.layer_target = min(wanted_layers, sum(len(together) - 1 for together in layers))
+        self.layer_target = nearest(reachable([[len(unit) for unit in together] for together in self.units]), wanted_layers)
         self.target = ordinary + self.layer_target
         self.note = ""
         if self.layer_target != wanted_layers:
+            blocks = any(len(unit) > 1 for together in self.units for unit in together)
+            what = "nearest possible, because whole blocks go, and of those" if blocks else "most possible, because of those"
             self.note = (
-                f"{wanted_layers} of {len(layered)} residual branches were to be removed; {self.layer_target} is the most possible, "
-                f"because of those that repeat across layers, and of the others together, at least one stays"
+                f"{wanted_layers} of {len(layered)} residual branches were to be removed; {self.layer_target} is the {what} that repeat "
+                f"across layers, and of the others together, at least one stays"
             )
         if ordinary != wanted:
             rule = "no family may be emptied" if self.largest == 1 else f"every family keeps a multiple of {self._words()} groups or all"
@@ -116,7 +123,7 @@ class Selector:
         assert int(pruned_G.sum()) <= total <= self.target, (int(pruned_G.sum()), total, self.target)
         scores = np.asarray(scores_G, dtype=np.float64)
         plan = self._plan(scores, pruned_G)
-        order = plan[np.lexsort((plan, scores[plan]))]
+        order = plan[np.lexsort((plan, self._together(scores, pruned_G)[plan]))]
         chosen = np.zeros_like(pruned_G)
         chosen[order[: total - int(pruned_G.sum())]] = True
         return chosen
@@ -151,15 +158,21 @@ class Selector:
         return np.concatenate(chosen)
 
     def _plan_layers(self, scores: np.ndarray, pruned: np.ndarray) -> np.ndarray:
-        """The residual branches that are still to go: the lowest scores, without the last one left of each set."""
-        able, gone = [np.zeros(0, np.int64)], 0
-        for together in self.layers:
-            ids = self.starts[together]
-            left = ids[~pruned[ids]]
-            gone += len(ids) - len(left)
-            able.append(left[np.argsort(scores[left], kind="stable")][:-1])
-        candidates = np.concatenate(able)
-        return candidates[np.lexsort((candidates, scores[candidates]))][: self.layer_target - gone]
+        """The residual branches that are still to go: the lowest sums of units, without the last one left of each set."""
+        ids = [[self.starts[list(unit)] for unit in together] for together in self.units]
+        sets = [[Unit(len(unit), float(scores[unit[~pruned[unit]]].sum()), bool(pruned[unit].any())) for unit in one] for one in ids]
+        chosen = zip(ids, cheapest(sets, self.layer_target), strict=True)
+        found = np.concatenate([np.zeros(0, np.int64), *(one[place] for one, places in chosen for place in places)])
+        left: np.ndarray = found[~pruned[found]]
+        return left
+
+    def _together(self, scores: np.ndarray, pruned: np.ndarray) -> np.ndarray:
+        """The scores, of branches that go together the mean of those that are left, so that they go one after the other."""
+        found = scores.copy()
+        for unit in (self.starts[list(unit)] for together in self.units for unit in together if len(unit) > 1):
+            left = unit[~pruned[unit]]
+            found[left] = scores[left].mean() if len(left) else 0.0
+        return found
 
     def _ranked(self, scores: np.ndarray, pruned: np.ndarray, family: int) -> np.ndarray:
         ids: np.ndarray = np.arange(self.starts[family], self.starts[family + 1])
@@ -179,16 +192,10 @@ def removable_counts(size: int, multiple_of: int) -> list[int]:
 
 def nearest_feasible(options: Sequence[Sequence[int]], wanted: int) -> int:
     """The sum of one option per family that is nearest to `wanted`; the smaller one of two equally near."""
-    reachable = 1  # bit i = a total of i is possible
+    possible = 1  # bit i = a total of i is possible
     for counts in options:
-        reachable = _shifted(reachable, counts)
-    below = reachable & ((1 << (wanted + 1)) - 1)
-    lower = below.bit_length() - 1
-    above = reachable >> (wanted + 1)
-    if not above:
-        return lower
-    upper = wanted + (above & -above).bit_length()
-    return lower if wanted - lower <= upper - wanted else upper
+        possible = _shifted(possible, counts)
+    return nearest(possible, wanted)
 
 
 def _shifted(reachable: int, counts: Sequence[int]) -> int:

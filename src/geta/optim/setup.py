@@ -9,7 +9,6 @@ from torch import nn
 
 from geta.errors import ConfigError
 from geta.graph.configured import tied
-from geta.graph.dependency import NO_UNIFORM_LAYERS
 from geta.graph.families import Family
 from geta.optim.groups import Graph, GroupIndex
 from geta.optim.schedule import Schedule
@@ -35,31 +34,53 @@ def check_uniform(uniform: bool) -> bool:
     return uniform
 
 
-def layer_share(index: GroupIndex, given: float | None, sparsity: float, *, budget: bool, uniform: bool) -> float:
-    """The share of whole residual branches that goes. Raises ConfigError for settings that contradict each other."""
+def layer_share(graph: Graph, index: GroupIndex, shares: tuple[float | None, float], *, budget: bool, uniform: bool) -> float:
+    """The share of whole residual branches that goes. Raises ConfigError for settings that contradict each other.
+
+    shares: `layer_sparsity` as it is given, and `sparsity`, which counts where it isn't.
+    """
+    given, sparsity = shares
     if given is not None:
         check_sparsity(given, "layer_sparsity")
         if budget:
             raise ConfigError(f"both layer_sparsity = {given} and a budget are given: the budget decides which branches go; drop one")
+        without = branches_without_block(graph) if uniform and given > 0.0 and not index.layers else []
+        if without:
+            raise ConfigError(
+                f"layer_sparsity is {given}, but with uniform=True whole blocks go, and '{without[0].name}' is part of none (nor is any "
+                f"other branch): {without[0].no_block}: use uniform=False and the graph product"
+            )
         if given > 0.0 and not index.layers:
             raise ConfigError(
                 f"layer_sparsity is {given}, but the graph has no residual branch that can go: use geta.analyze(..., depth=True)"
             )
-    if uniform and index.layers:
-        raise ConfigError(NO_UNIFORM_LAYERS)
     return sparsity if given is None else given
 
 
-def ties_of(graph: Graph, families: Sequence[Family]) -> list[list[int]]:
-    """Places of the families that repeat across layers, for `Selector`."""
-    place = {family.name: number for number, family in enumerate(families)}
-    return [[place[family.name] for family in tie] for tie in tied(graph.model, families)]
+def ties_of(graph: Graph, index: GroupIndex) -> list[list[int]]:
+    """Places of the families that repeat across layers, and of the residual branches of each block, for `Selector`."""
+    place = {family.name: number for number, family in enumerate(index.families)}
+    ordinary = [family for family in index.families if not family.is_layer]
+    units = [unit for together in index.units for unit in together]
+    return [*([place[family.name] for family in tie] for tie in tied(graph.model, ordinary)), *units]
+
+
+def branches_without_block(graph: Graph) -> list[Family]:
+    """Whole residual branches that could go, but are part of no block that could."""
+    return [family for family in graph.families if family.is_layer and family.prunable and not family.block]
 
 
 def unevenly_prunable(graph: Graph) -> list[str]:
     """In words, which families stay whole although others that are the same part of other layers don't."""
     notes = []
-    for tie in tied(graph.model, graph.families):
+    without = branches_without_block(graph)
+    if without:
+        count = sum(family.is_layer and family.prunable for family in graph.families)
+        notes.append(
+            f"uniform: {len(without)} of {count} residual branches stay, because whole blocks go and they are part of none (first: "
+            f"'{without[0].name}': {without[0].no_block})"
+        )
+    for tie in tied(graph.model, [family for family in graph.families if not family.is_layer]):
         whole = [family.name for family in tie if not family.prunable]
         if 0 < len(whole) < len(tie):
             notes.append(

@@ -70,18 +70,19 @@ class StructuredOptimizer(WrappingOptimizer):
         self.schedule = schedule
         self._graph = graph
         self._bank = bank
-        self._index = self._compiled()
         self._uniform = check_uniform(uniform)
+        self._index = self._compiled()
         layers = self._index.layers
-        share = layer_share(self._index, layer_sparsity, sparsity, budget=target is not None, uniform=uniform)
+        share = layer_share(graph, self._index, (layer_sparsity, sparsity), budget=target is not None, uniform=uniform)
         count = sum(map(len, layers))
         wanted, wanted_layers = int(sparsity * (self._index.num_groups - count)), int(share * count)
         if sparsity > 0.0 and not self._index.num_groups:
             refuse_unprunable(graph, sparsity)
         families = self._index.families
-        ties = ties_of(graph, families) if uniform else []
+        ties = ties_of(graph, self._index) if uniform else []
         channels = [family.channels for family in families]
-        selector = Selector(self._index.sizes, wanted, multiple_of, channels, ties=ties, layers=layers, wanted_layers=wanted_layers)
+        branches: dict[str, Any] = {"layers": layers, "units": self._index.units, "wanted_layers": wanted_layers}
+        selector = Selector(self._index.sizes, wanted, multiple_of, channels, ties=ties, **branches)
         if (selector.target or target) and not schedule.joint_steps:
             what = "a budget is to be met" if target else f"{selector.target} groups are to be removed"
             raise ConfigError(f"{what}, but the schedule has no joint stage: give schedule.joint > 0")
@@ -106,7 +107,7 @@ class StructuredOptimizer(WrappingOptimizer):
     def _compiled(self) -> GroupIndex:
         """The groups in the model as it is now."""
         own = [p for quantizer in self._bank.quantizers for p in quantizer.parameters()]
-        index = GroupIndex(self._graph, skip={id(p) for p in own})
+        index = GroupIndex(self._graph, skip={id(p) for p in own}, uniform=self._uniform)
         sharded = any(is_sharded(p) for p in self._graph.model.parameters())
         replicated = quantizer_parameters(self._graph.model) if sharded else []
         if any(is_sharded(p) for p in (*own, *replicated)):

@@ -5,11 +5,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import torch
 import torch.utils._pytree as pytree
@@ -20,21 +18,16 @@ from geta.graph.configured import is_pretrained
 from geta.graph.dependency import DependencyGraph, analysed
 from geta.graph.families import Selection
 from geta.graph.names import canonical_name, find_tensor, unwrap
-from geta.graph.preserve import mode_of
 from geta.graph.propagate import UNUSED
-from geta.quant.fixed import FixedQuantizer
-from geta.quant.quantizer import Quantizer
-from geta.subnet.attributes import Change, Cut, Sizes, applied, apply, torch_changes
+from geta.subnet.attributes import Change, Cut, Sizes, apply, torch_changes
 from geta.subnet.blocks import cut_blocks_of_modules
-from geta.subnet.branches import selected_layers
-from geta.subnet.comparison import max_difference
 from geta.subnet.pretrained import Fit, UnfitError, fitting_configs
-from geta.subnet.removal import TOLERANCE, checked_selection, kept_by_name, sliced, zeroed
+from geta.subnet.proof import bench_of, fitted, shapes_without_quantizers, trained_alike
+from geta.subnet.removal import checked_selection, kept_by_name, sliced, zeroed
 from geta.subnet.rewrite import Kept
-from geta.subnet.trials import Bench, type_and_line
-
-TRAINING_TOLERANCE = 1e-3
-"""Relative difference allowed in training mode, where BatchNorm divides by the deviation of a small batch."""
+from geta.subnet.shorten import removed_blocks, shorter
+from geta.subnet.shortening import Shortening
+from geta.subnet.trials import type_and_line
 
 
 @dataclass(frozen=True)
@@ -48,6 +41,7 @@ class EagerProduct:
     max_difference: max |zeroed - this| / max |zeroed| on the example inputs.
     attributes: the changes again, as data: those that are set on modules beside what a configuration decides.
     undescribed: why no configuration describes this Hugging Face model, in words (one of the notes ends in it); "" where one does.
+    shortening: which blocks are left out, and what their neighbours are called now.
     """
 
     model: nn.Module
@@ -57,6 +51,7 @@ class EagerProduct:
     max_difference: float = 0.0
     attributes: list[Change] = field(default_factory=list)
     undescribed: str = ""
+    shortening: Shortening = field(default_factory=Shortening)
 
 
 def compact_eager(model: nn.Module, graph: DependencyGraph, selection: Selection | None = None) -> EagerProduct:
@@ -65,19 +60,28 @@ def compact_eager(model: nn.Module, graph: DependencyGraph, selection: Selection
     selection: {family: BoolTensor, True = remove}; None = the groups that are zero in `model`.
     Attributes of `torch.nn` layers follow from their tensors; a Hugging Face configuration is rewritten if one describes the result;
     numbers in other classes (`num_heads`, `split_size` ...) are found by trying, see `geta.subnet.trials`.
+    Blocks of which all residual branches go are taken out of their list (`geta.subnet.shorten`); a branch alone can't go.
     Quantized models keep their quantizers and float weights (`compact` makes integers). `model` is not changed.
     Raises BadModelError with the module and the reason when there is no eager product; ConfigError for a selection that doesn't fit.
     """
     model = unwrap(model)
     selection = checked_selection(model, graph, selection)
     _check_comparable(model, graph, selection)
-    cuts, notes = _cuts(model, graph, selection)
-    maker = _Maker(model, graph, cuts, _nearby(graph, selection, cuts))
+    blocks = removed_blocks(model, graph, selection)
+    whole, notes = _cuts(model, graph, selection)
     with zeroed(model, graph, selection):
-        described, unfit = maker.with_config()
+        short = shorter(model, graph, blocks)
+        named = {short.shortening.name(name): cut for name, cut in whole.items()}
+        cuts = {name: cut for name, cut in named.items() if name is not None}
+        maker = _Maker(short.model, graph, cuts, _nearby(graph, selection, cuts, short.shortening))
+        described, unfit = (None, short.undescribed) if short.undescribed else maker.with_config()
         product = described or maker.make(None)
-    if isinstance(product, str):
-        raise BadModelError(f"there is no eager product of this {type(model).__name__}, use the graph product: {product}")
+        if isinstance(product, str):
+            raise BadModelError(f"there is no eager product of this {type(model).__name__}, use the graph product: {product}")
+        if blocks:
+            gap = bench_of(model, product.model, graph, maker.sizes_near).difference()
+            product = replace(product, changes=[*short.lines, *product.changes], max_difference=gap, shortening=short.shortening)
+            product = replace(product, attributes=[*short.changes, *product.attributes], notes=[*short.notes, *product.notes])
     if unfit:
         notes = [
             *notes,
@@ -91,10 +95,6 @@ def _check_comparable(model: nn.Module, graph: DependencyGraph, selection: Selec
     leaves = [*model.parameters(), *model.buffers(), *pytree.tree_leaves((graph.example.args, dict(graph.example.kwargs)))]
     if any(isinstance(leaf, torch.Tensor) and leaf.is_meta for leaf in leaves):
         raise BadModelError("the eager product is decided by running the model, and this one has no values (meta device)")
-    for family in selected_layers(graph, selection):
-        raise BadModelError(
-            f"the eager product runs the forward of {type(model).__name__}, which can't leave out '{family.name}': use the graph product"
-        )
     for family in graph.families:
         if family.inexact and family.name in selection and bool(selection[family.name].any()):
             raise BadModelError(
@@ -151,10 +151,14 @@ def _stored(model: nn.Module, name: str) -> torch.Tensor | None:
         return value if isinstance(value, torch.Tensor) else None
 
 
-def _nearby(graph: DependencyGraph, selection: Selection, cuts: Mapping[str, Cut]) -> Callable[[str], Sizes]:
+def _nearby(graph: DependencyGraph, selection: Selection, cuts: Mapping[str, Cut], shortening: Shortening) -> Callable[[str], Sizes]:
     """What changed in a module and then in the block that it belongs to (its parent); for a path with a dot at its end, only inside it."""
     counts = {family.name: (family.size, int((~selection[family.name]).sum())) for family in graph.families if family.name in selection}
-    members = {family.name: [member.param for member in family.members] for family in graph.families if family.name in counts}
+    members = {
+        family.name: [new for member in family.members if (new := shortening.name(member.param)) is not None]
+        for family in graph.families
+        if family.name in counts and not family.is_layer
+    }
 
     def inside(*prefixes: str) -> Sizes:
         tensors = [pair for prefix in prefixes for name, cut in cuts.items() if name.startswith(prefix) for pair in cut.sizes()]
@@ -191,7 +195,7 @@ class _Maker:
         small = self._sliced()
         if isinstance(small, str):
             return None, ""
-        shapes = _shapes_without_quantizers(small)
+        shapes = shapes_without_quantizers(small)
         reason = ""
         try:
             for fit in fitting_configs(small, shapes, self.sizes_near("")):
@@ -213,15 +217,15 @@ class _Maker:
             apply(small, change)
         if fit:
             fit.adopt(small)
-        bench = self._bench(small)
-        found, gap, problem = _fitted(bench)
+        bench = bench_of(self.model, small, self.graph, self.sizes_near)
+        found, gap, problem = fitted(bench)
         if problem:
             return problem
         if fit is None:
             found = [*found, *bench.describing(found)]
         for change in found:
             apply(small, change)
-        notes, reason = self._trained(small)
+        notes, reason = trained_alike(self.model, small, self.graph)
         if reason:
             return reason
         lines = [str(change) for change in (*changes, *found)]
@@ -246,79 +250,3 @@ class _Maker:
             except (RuntimeError, TypeError) as error:
                 return f"'{name}' can't be sliced in place ({type_and_line(error)})"
         return small
-
-    def _bench(self, small: nn.Module) -> Bench:
-        """Where one flipped rounding step may show (quantizers, half precision) the comparison is made in float64, on copies."""
-        example = self.graph.example
-        inputs: tuple[Any, Any] = (example.args, dict(example.kwargs))
-        tensors = [*self.model.parameters(), *self.model.buffers()]
-        narrow = any(tensor.dtype in (torch.float16, torch.bfloat16) for tensor in tensors)
-        zeroed_model = self.model
-        if narrow or any(isinstance(module, Quantizer | FixedQuantizer) for module in self.model.modules()):
-            zeroed_model, small = copy.deepcopy(self.model).double(), copy.deepcopy(small).double()
-            inputs = pytree.tree_map_only(torch.Tensor, lambda t: t.double() if t.is_floating_point() else t, inputs)
-        return Bench(zeroed_model, small, inputs, self.sizes_near, TOLERANCE[torch.float32])
-
-    def _trained(self, small: nn.Module) -> tuple[list[str], str]:
-        """Run both in training mode: (notes, "") or ([], why not). Where dropout draws, only that it runs can be checked."""
-        try:
-            first, second = (_train_run(self.model, self.graph, seed) for seed in (0, 1))
-        except Exception as error:  # noqa: BLE001 - a model that can't train on its example inputs is not compared there
-            return [f"not compared in training mode, because the model itself fails there: {type_and_line(error)}"], ""
-        try:
-            found = _train_run(small, self.graph, 0)
-        except Exception as error:  # noqa: BLE001 - whatever it raises is the reason
-            return [], f"it fails in training mode: {type_and_line(error)}"
-        if max_difference(first, second)[1] > 0:
-            return [], ""
-        gap = max_difference(first, found)[1]
-        return [], "" if gap <= TRAINING_TOLERANCE else f"in training mode the output differs by {gap:.2g} of the largest value"
-
-
-def _shapes_without_quantizers(model: nn.Module) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the state dict as they would be without quantizers, which no configuration describes."""
-    modules = model.named_modules(remove_duplicate=False)  # tied weights share a quantizer
-    quantizers = tuple(f"{path}." for path, module in modules if isinstance(module, Quantizer | FixedQuantizer))
-    stored = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(quantizers)}
-    return {canonical_name(name): tuple(tensor.shape) for name, tensor in stored.items()}
-
-
-def _fitted(bench: Bench) -> tuple[list[Change], float, str]:
-    """Attribute changes that make the outputs agree, if any are needed, and the difference that is left."""
-    gap = _difference(bench)
-    if gap <= bench.tolerance:
-        return [], gap, ""
-    found, problem = bench.search()
-    if problem:
-        return [], gap, problem
-    with applied(bench.small, found):
-        return found, bench.difference(), ""
-
-
-def _difference(bench: Bench) -> float:
-    try:
-        return bench.difference()
-    except Exception:  # noqa: BLE001 - the search that follows meets the same error and reports its place
-        return torch.inf
-
-
-@contextlib.contextmanager
-def _buffers_as_before(model: nn.Module) -> Iterator[None]:
-    owned = [(module, dict(module._buffers)) for module in model.modules()]  # a forward may put another tensor in a buffer's place
-    before = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
-    try:
-        yield
-    finally:
-        for module, buffers in owned:
-            module._buffers.update(buffers)
-        with torch.no_grad():
-            for buffer, value in before:
-                buffer.copy_(value)
-
-
-def _train_run(model: nn.Module, graph: DependencyGraph, seed: int) -> list[Any]:
-    args, kwargs = pytree.tree_map_only(torch.Tensor, lambda t: t.detach().clone(), (graph.example.args, dict(graph.example.kwargs)))
-    devices = sorted({tensor.device.index or 0 for tensor in model.parameters() if tensor.device.type == "cuda"})
-    with torch.random.fork_rng(devices), _buffers_as_before(model), mode_of(model, True), torch.no_grad():
-        torch.manual_seed(seed)
-        return pytree.tree_leaves(model(*args, **kwargs))

@@ -116,6 +116,7 @@ class Bench:
     """The zeroed model and the sliced one, side by side.
 
     sizes_near: module path -> what changed around it. tolerance: for the model's own output.
+    renamed: path of a module of the zeroed model -> its path in the other; None where that hasn't got it.
     """
 
     zeroed: nn.Module
@@ -123,6 +124,7 @@ class Bench:
     inputs: tuple[tuple[Any, ...], Mapping[str, Any]]
     sizes_near: Callable[[str], Sizes]
     tolerance: float
+    renamed: Callable[[str], str | None] = str
     trials: int = 0
     _expected: list[Call] = field(default_factory=list)
 
@@ -134,8 +136,11 @@ class Bench:
         """Run the sliced model with these changes."""
         self.trials += 1
         if not self._expected:
-            with Watch(self.zeroed, self._expected.append):
+            calls: list[Call] = []
+            with Watch(self.zeroed, calls.append):
                 run(self.zeroed, *self.inputs)
+            names = [(self.renamed(call.path) if call.path else "", call) for call in calls]
+            self._expected += [Call(name, call.tensors) for name, call in names if name is not None]
         steps = _Steps()
         finished: list[str] = []
         trouble: list[Outcome] = []
