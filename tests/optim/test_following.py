@@ -24,9 +24,12 @@ def build(outgrown: float = 1.0, activations: object = (8, 8), lr: float = 0.0, 
     """A network whose hidden values are `outgrown` times what calibration has seen; with lr = 0 nothing but the follower moves ranges."""
     model, graph = optim_nets.net()
     model.double()
-    batches = [optim_nets.batch(step)[0].double() for step in range(8)]
+    batches = [optim_nets.batch(step)[0].double() for step in range(STEPS)]
     torch.optim.swa_utils.update_bn(batches, model)
-    geta.quantize(model, weights=(4, 8), activations=activations, calibration=batches, exclude=())  # type: ignore[arg-type]
+    model.eval()
+    geta.quantize(  # without weights' quantizers the ranges would hold every value
+        model, weights=(8, 8), activations=activations, calibration=batches, calibration_batches=STEPS, percentile=100.0, exclude=()
+    )  # type: ignore[arg-type]
     with torch.no_grad():
         model.first.parametrizations.weight.original.mul_(outgrown)  # type: ignore[union-attr]
         quantizers(model)["first.weight"].q_m.mul_(outgrown)
@@ -55,9 +58,9 @@ def widths(model: nn.Module) -> dict[str, float]:
 def test_a_range_that_values_outgrew_is_set_anew_at_the_same_bits() -> None:
     model, optimizer = build(outgrown=50.0)
     model.eval()  # the norm's statistics stay
-    train(model, optimizer, 0, EVERY)
+    train(model, optimizer, 0, 1)
     before, bits = ranges(model), widths(model)
-    train(model, optimizer, EVERY, EVERY + 1)
+    train(model, optimizer, 1, 2)
     after = ranges(model)
     assert 5.0 < after["second:input"] / before["second:input"] < 100.0
     assert after["first:input"] == before["first:input"]
@@ -65,15 +68,18 @@ def test_a_range_that_values_outgrew_is_set_anew_at_the_same_bits() -> None:
     assert any("were set anew" in line for line in optimizer.report())
 
 
-def test_the_range_is_what_calibration_would_find() -> None:
-    quantizer = Quantizer("one:input", "activation", geta.Bits(8, 8), torch.tensor(0.01, dtype=torch.float64), initial_bits=8)
+@pytest.mark.parametrize(("bits", "lowest", "highest"), [(2, 1.0, 1.5), (4, 2.2, 3.4), (8, 3.9, 4.2)])
+def test_the_new_range_suits_the_bits(bits: int, lowest: float, highest: float) -> None:
+    """Of normal values the best ranges are about 1.2 (codes -1, 0, 1), 2.6 and 4 deviations."""
+    start = torch.tensor(0.01, dtype=torch.float64)
+    quantizer = Quantizer("one:input", "activation", geta.Bits(bits, bits), start, initial_bits=bits)
     x = torch.randn(64, 300, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     follower = RangeFollower([quantizer])
     follower.watch(EVERY)
     quantizer(x)
     assert follower.follow_()
-    assert quantizer.q_m.item() == pytest.approx(float(x.abs().flatten().quantile(0.999)), rel=0.1)
-    assert quantizer.bit_width().item() == pytest.approx(8.0)
+    assert lowest < quantizer.q_m.item() < highest
+    assert quantizer.bit_width().item() == pytest.approx(bits)
     assert follower.times.tolist() == [1]
 
 
@@ -88,7 +94,7 @@ def test_ranges_that_fit_stay_as_they_are() -> None:
 
 @pytest.mark.parametrize(("bits", "stays"), [(2, True), (3, True), (8, False)])
 def test_a_range_that_clips_a_little_stays_where_few_bits_gain_by_it(bits: int, stays: bool) -> None:
-    """Of normal values the best range at 2 bits is about 1.5 deviations, at 3 bits 2.2; at 8 bits clipping there is the whole error."""
+    """Of normal values the best range at 2 bits is about 1.2 deviations, at 3 bits 2.1; at 8 bits clipping there is the whole error."""
     x = torch.randn(64, 256, generator=torch.Generator().manual_seed(0))
     quantizer = Quantizer("one:input", "activation", geta.Bits(bits, bits), torch.tensor(1.7), initial_bits=bits)
     follower = RangeFollower([quantizer])
