@@ -6,7 +6,7 @@ in each of the first hundred steps, when values grow fastest, and in every eight
 of its inputs. Of the range that calibration would find in it, parts of that, and the one that holds all of it, that with the smallest
 error is q_new:
 
-    q_m <- q_new,  d <- d (q_new / q_m)^t      where  E(q_m) > 2 E(q_new)  and  E(q_m) > 0.001 mean x^2
+    q_m <- q_new,  d <- d (q_new / q_m)^t      where  E(q_m) > 2 E(q_new)  and  E(q_m) > 0.01 mean x^2
 
     E(q) = mean (x - x_q)^2,  x_q = x clipped to q and rounded
 
@@ -40,7 +40,7 @@ _SHARED = 128
 _PARTS = (1.0, 0.7, 0.5, 0.35)
 """Of few bits the best range clips more: at 2 bits, of normal values, everything beyond half of what calibration finds."""
 _WORSE = 2.0
-_FELT = 0.001
+_FELT = 0.01
 """Below this share of the values' power, an error is no reason to change anything: the largest of few values is a matter of chance."""
 
 
