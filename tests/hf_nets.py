@@ -96,3 +96,22 @@ def decoded(model: Any, given: dict[str, Tensor], **options: Any) -> list[list[i
     """Greedy decoding with a cache of keys and values."""
     count = {"max_new_tokens": 10, "min_new_tokens": 10}
     return hf.GenerationMixin.generate(model, **given, do_sample=False, use_cache=True, **count, **options).tolist()
+
+
+READING = """
+import json, sys, torch, transformers
+folders, needing = json.loads(sys.argv[1]), json.loads(sys.argv[2])
+
+def read(folder):
+    given = torch.load(folder + "/given.pt", weights_only=True)
+    kind = transformers.AutoModelForCausalLM if "attention_mask" in given else transformers.AutoModelForSeq2SeqLM
+    model = kind.from_pretrained(folder)
+    with torch.no_grad():
+        extra = {} if "attention_mask" in given else {"decoder_input_ids": torch.full((2, 2), 3)}
+        torch.save(model(**given, **extra).logits, folder + "/logits.pt")
+    return model.generate(**given, do_sample=False, max_new_tokens=10, min_new_tokens=10).tolist()
+
+tokens = [read(folder) for folder in folders]
+assert not [name for name in sys.modules if name.partition(".")[0] == "geta"]
+"""
+"""Script of a process, up to where it may import geta: what transformers alone reads of the folders (`tokens`); others are `needing`."""

@@ -99,21 +99,7 @@ def test_a_static_cache_has_the_size_of_each_layer(tmp_path):
     assert hf_nets.decoded(loaded, given, **options) == hf_nets.decoded(zeroed, given, **options) == hf_nets.decoded(zeroed, given)
 
 
-SCRIPT = """
-import json, sys, torch, transformers
-folders, needing = json.loads(sys.argv[1]), json.loads(sys.argv[2])
-
-def read(folder):
-    given = torch.load(folder + "/given.pt", weights_only=True)
-    kind = transformers.AutoModelForCausalLM if "attention_mask" in given else transformers.AutoModelForSeq2SeqLM
-    model = kind.from_pretrained(folder)
-    with torch.no_grad():
-        extra = {} if "attention_mask" in given else {"decoder_input_ids": torch.full((2, 2), 3)}
-        torch.save(model(**given, **extra).logits, folder + "/logits.pt")
-    return model.generate(**given, do_sample=False, max_new_tokens=10, min_new_tokens=10).tolist()
-
-tokens = [read(folder) for folder in folders]
-assert not [name for name in sys.modules if name.partition(".")[0] == "geta"]
+SCRIPT = f"""{hf_nets.READING}
 try:
     read(needing[0])
 except ValueError as error:

@@ -95,21 +95,7 @@ def test_decoding_with_fewer_layers_is_the_zeroed_models(name: str) -> None:
     assert model.config.to_dict() == before
 
 
-SCRIPT = """
-import json, sys, torch, transformers
-folders, needing = json.loads(sys.argv[1]), json.loads(sys.argv[2])
-
-def read(folder):
-    given = torch.load(folder + "/given.pt", weights_only=True)
-    kind = transformers.AutoModelForCausalLM if "attention_mask" in given else transformers.AutoModelForSeq2SeqLM
-    model = kind.from_pretrained(folder)
-    with torch.no_grad():
-        extra = {} if "attention_mask" in given else {"decoder_input_ids": torch.full((2, 2), 3)}
-        torch.save(model(**given, **extra).logits, folder + "/logits.pt")
-    return model.generate(**given, do_sample=False, max_new_tokens=10, min_new_tokens=10).tolist()
-
-tokens = [read(folder) for folder in folders]
-assert not [name for name in sys.modules if name.partition(".")[0] == "geta"]
+SCRIPT = f"""{hf_nets.READING}
 import geta.integrations.hf
 print(json.dumps(tokens + [read(folder) for folder in needing]))
 """

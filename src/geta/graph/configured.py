@@ -41,16 +41,21 @@ class Number:
     place: int | None
     value: int | None
 
-    def set(self, config: Any, value: int) -> None:
-        """Change it."""
+    def owner(self, config: Any) -> Any:
+        """The configuration that holds it: `config` or one inside."""
         for name in self.path[:-1]:
             config = getattr(config, name)
+        return config
+
+    def set(self, config: Any, value: int) -> None:
+        """Change it."""
+        owner, name = self.owner(config), self.path[-1]
         if self.place is None:
-            setattr(config, self.path[-1], value)
+            setattr(owner, name, value)
         else:
-            items = list(getattr(config, self.path[-1]))
+            items = list(getattr(owner, name))
             items[self.place] = value
-            setattr(config, self.path[-1], type(getattr(config, self.path[-1]))(items))
+            setattr(owner, name, type(getattr(owner, name))(items))
 
     def __str__(self) -> str:
         return ".".join(self.path) + ("" if self.place is None else f"[{self.place}]")

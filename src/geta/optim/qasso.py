@@ -212,9 +212,10 @@ class QASSO(StructuredOptimizer):
     def _headlines(self) -> list[str]:
         lines, mean = super()._headlines(), self.progress()["mean_bits"]
         if self._bits is None:
-            return [*lines, *([] if mean is None else [f"{mean:.2f} bits on average, not yet rounded"]), *self._follower.lines()]
-        counts = Counter((q.kind, self.bits[q.name]) for q in self._bank.quantizers)
-        lines += [f"{count} {kind} tensors with {bits:g} bits" for (kind, bits), count in sorted(counts.items())]
+            lines += [] if mean is None else [f"{mean:.2f} bits on average, not yet rounded"]
+        else:
+            counts = Counter((q.kind, self.bits[q.name]) for q in self._bank.quantizers)
+            lines += [f"{count} {kind} tensors with {bits:g} bits" for (kind, bits), count in sorted(counts.items())]
         return [*lines, *self._follower.lines()]
 
     def _joint(self, before: Mapping[int, Tensor], steps: Steps | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -310,7 +311,6 @@ class QASSO(StructuredOptimizer):
         saved = extra["bits"]
         self._bits = saved.to(self._bank.device, self._bank.lower_L.dtype) if saved.numel() else None
         self._follower.load(extra.get("followed"))
-        self._follower.watch(self._step)
 
 
 def _mean(values: Sequence[float]) -> float | None:

@@ -451,8 +451,8 @@ class StructuredOptimizer(WrappingOptimizer):
             self._target.load(extra["plan"])
             self._adopt_plan()
         self._pruner.refresh()
+        self._observe_next()
         if self._pruner.observation.needed:
-            self._observe_next()
             self._pruner.observation.load(extra["observed"])
 
 

@@ -180,11 +180,9 @@ class _LengthSearch(_Search):
 
 def _derived(number: Number, value: int, config: Any) -> list[str]:
     """Change what follows from a number, in place: settings that a configuration has which is made with the number alone."""
-    owner = config
-    for name in number.path[:-1]:
-        owner = getattr(owner, name)
     if number.place is not None:
         return []
+    owner = number.owner(config)
     before, after = (vars(type(owner)(**{number.path[-1]: one})) for one in (number.value, value))
     lines = []
     for name, now in list(vars(owner).items()):
@@ -196,9 +194,7 @@ def _derived(number: Number, value: int, config: Any) -> list[str]:
 
 def _thinned(number: Number, kept: Sequence[int], shortening: Shortening, config: Any) -> list[str]:
     """Change a number of layers and what has an entry per layer beside it, in place; says what the entries were."""
-    owner = config
-    for name in number.path[:-1]:
-        owner = getattr(owner, name)
+    owner = number.owner(config)
     lines = []
     for name, value in list(vars(owner).items()) if number.place is None else ():
         if isinstance(value, list | tuple) and len(value) == number.value:
