@@ -5,8 +5,8 @@ activations. Reported per run: accuracy of the dense network at the end and its 
 lowest after warm-up, the final one of the compact network, and its real relative BOPs. `--rules` compares ways of forgetting.
 
 The lowest accuracies are there twice: with the running statistics of the normalizations, and with statistics of the training images made
-anew at every epoch. Weights of few bits change in steps, so running statistics, which are ten steps old, can be of another network than
-the one they are used with; how far the network itself fell shows with those made anew. Results:
+anew at every epoch. With PyTorch's momentum of 0.1 running statistics are of the network ten steps ago, which can be far from the one they
+are used with, so these runs have 0.5, the dense ones too; how far the network itself fell shows with those made anew. Results:
 bench/results/joint_stage_<date>.md and one record per run in bench/results/joint_stage/, which a later call reuses (`--fresh` doesn't).
 """
 
@@ -32,6 +32,7 @@ import geta
 from bench.digits import Digits, accuracy, load_digits
 from geta.optim import Forgetting
 from geta.recipes.nets.resnet import resnet20
+from geta.recipes.norms import set_momentum
 from geta.report.files import prepare_folder
 
 from .facts import RESULTS, machine, recorded, spread, table, versions, written
@@ -85,14 +86,16 @@ class Setting:
     warmup: float = 0.15
     projection: float = 0.1
     joint: float = 0.35
+    norm_momentum: float = 0.5
 
     @property
     def name(self) -> str:
+        rates = f"{self.learning_rate:g}-{self.norm_momentum:g}"
         if self.forgetting is None:
-            return f"{self.network}-dense-{self.epochs}-{self.learning_rate:g}-{self.seed}"
+            return f"{self.network}-dense-{self.epochs}-{rates}-{self.seed}"
         quantized = "w" if self.activations is None else f"wa{self.activations}"
         shares = f"{self.warmup:g}-{self.projection:g}-{self.joint:g}"
-        return f"{self.network}-{quantized}-{self.forgetting}-{self.epochs}-{self.learning_rate:g}-{shares}-{self.seed}"
+        return f"{self.network}-{quantized}-{self.forgetting}-{self.epochs}-{rates}-{shares}-{self.seed}"
 
 
 def run(setting: Setting) -> dict[str, Any]:
@@ -103,6 +106,7 @@ def run(setting: Setting) -> dict[str, Any]:
     steps = setting.epochs * per_epoch
     geta.seed_everything(setting.seed)
     model = NETWORKS[setting.network]()
+    set_momentum(model, setting.norm_momentum)
     example = (digits.train_images[:2],)
     graph, optimizer = None, None
     if setting.forgetting is not None:
@@ -216,11 +220,13 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--epochs", type=int, default=Setting.epochs)
     parser.add_argument("--learning-rate", type=float, default=Setting.learning_rate)
+    parser.add_argument("--norm-momentum", type=float, default=Setting.norm_momentum)
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--fresh", action="store_true")
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args()
-    chosen = settings(options.networks, options.rules, options.seeds, epochs=options.epochs, learning_rate=options.learning_rate)
+    protocol = {name: getattr(options, name) for name in ("epochs", "learning_rate", "norm_momentum")}
+    chosen = settings(options.networks, options.rules, options.seeds, **protocol)
     folder = options.out / "joint_stage"
     prepare_folder(folder)
     records: dict[str, dict[str, Any]] = {}
@@ -231,7 +237,8 @@ def main() -> None:
             print(f"{count}/{len(waiting)}  {name}  {records[name].get('compact', records[name]['final']):.2f} %", flush=True)
     shares = f"warm-up {Setting.warmup:.0%}, projection {Setting.projection:.0%} and joint stage {Setting.joint:.0%} of the steps"
     rate = f"SGD with a cosine learning rate from {options.learning_rate:g}"
-    how = f"{options.epochs} epochs, batch {BATCH}, {rate}; {shares}"
+    norms = f"running statistics with momentum {options.norm_momentum:g}"
+    how = f"{options.epochs} epochs, batch {BATCH}, {rate}; {norms}; {shares}"
     facts = f"{versions('torch', 'geta')}; {machine()}; {how}."
     lines = ["# The joint stage on digits", "", facts, "", "Mean ± standard deviation over the seeds:", "", *render(chosen, records)]
     written("joint_stage", lines, options.out)

@@ -61,7 +61,7 @@ def phi2(folder: Path) -> dict[str, Any]:
 TINY: dict[str, Callable[[Path], dict[str, Any]]] = {
     "cifar10-resnet20": lambda f: {"data.path": str(recipe_files.cifar10(f))},
     "cifar10-resnet56": lambda f: {"data.path": str(recipe_files.cifar10(f))},
-    "cifar10-vgg7": lambda f: {"data.path": str(recipe_files.cifar10(f)), "model.options": {"width": 8}},
+    "cifar10-vgg7": lambda f: {"data.path": str(recipe_files.cifar10(f)), "model.options": {"width": 8, "pooled": True}},
     "cifar10-simplevit": lambda f: {
         "data.path": str(recipe_files.cifar10(f)),
         "model.options": {"patch": 8, "width": 32, "depth": 1, "heads": 2, "hidden": 32},

@@ -13,11 +13,11 @@ from torch import nn
 
 import geta
 from geta.graph import DependencyGraph
-from geta.graph.preserve import mode_of
 from geta.optim import HESSO, HESSOCRIC, QASSO
 from geta.quant import end_layers
 from geta.recipes.batches import Data
 from geta.recipes.compress_settings import CompressSettings, read_bits
+from geta.recipes.norms import set_momentum, warm_norms
 from geta.recipes.order import Batches
 from geta.recipes.processes import Place
 from geta.recipes.recipe import Recipe
@@ -87,6 +87,8 @@ def prepare(recipe: Recipe, place: Place) -> Job:
 
     geta.seed_everything(recipe.train.seed)
     model = build_model(recipe.model, data.facts).train()
+    if recipe.train.norm_momentum is not None:
+        set_momentum(model, recipe.train.norm_momentum)
     dense = copy.deepcopy(model).to(place.device) if recipe.baseline else None
     args, kwargs = example = task.call(data.train.batch(range(EXAMPLES)))
     graph = geta.analyze(
@@ -161,29 +163,6 @@ def make_optimizer(base: torch.optim.Optimizer, graph: DependencyGraph, settings
     return QASSO(
         base, graph, **common, quant_lr=settings.quant_lr, forgetting=settings.forgetting, tighten=settings.tighten, follow=settings.follow
     )
-
-
-@torch.no_grad()
-def warm_norms(model: nn.Module, calls: list[Call]) -> None:
-    """Give batch norms that have seen nothing yet the mean statistics of these calls.
-
-    Calibration sees the network in evaluation mode, and that of a fresh one is nothing like what training will see.
-    """
-    norms = [
-        module
-        for module in model.modules()
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.num_batches_tracked is not None and not module.num_batches_tracked
-    ]
-    if not norms:
-        return
-    before = [norm.momentum for norm in norms]
-    with mode_of(model, True):
-        for norm in norms:
-            norm.momentum = None  # a cumulative mean
-        for args, kwargs in calls:
-            model(*args, **kwargs)
-    for norm, momentum in zip(norms, before, strict=True):
-        norm.momentum = momentum
 
 
 def _as_batch(model: nn.Module, call: Call) -> Any:

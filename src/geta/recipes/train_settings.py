@@ -120,6 +120,7 @@ class TrainSettings(Settings):
     batch_size:     examples of one forward and backward pass, over all processes together.
     accumulate:     such passes per optimizer step.
     clip_norm:      largest norm of all gradients together; null = not clipped.
+    norm_momentum:  share of the newest batch in the running statistics of batch normalizations; null = as the network has it.
     precision:      of forward and backward passes: autocast for bfloat16 and float16, the latter with a GradScaler.
     device:         auto = a GPU if there is one. threads: of PyTorch on the CPU; null = its own choice.
     workers:        processes that fetch batches; 0 = this one.
@@ -135,6 +136,7 @@ class TrainSettings(Settings):
     lr_schedule: ScheduleSettings = ScheduleSettings()
     augment: tuple[AugmentSettings, ...] = ()
     clip_norm: float | None = Field(default=None, gt=0.0)
+    norm_momentum: float | None = Field(default=None, gt=0.0, le=1.0)
     precision: Literal["float32", "bfloat16", "float16"] = "float32"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     threads: int | None = Field(default=None, ge=1)

@@ -43,7 +43,7 @@ def headline(run: Run) -> Section:
     columns = ["", "dense", "compact", "compact / dense"]
     published = {
         "metric": (quoted.get(run.result.metric.name) if run.result.metric else None, run.result.metric.unit if run.result.metric else ""),
-        "bops": (quoted.get("relative_bops"), "share"),
+        **{cost: (quoted.get(f"relative_{cost}"), "share") for cost in ("bops", "macs", "params")},
     }
     rows: list[list[str | None]] = []
     for row in run_facts.headlines(run):
