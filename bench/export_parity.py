@@ -39,7 +39,7 @@ from geta.quant import quantizers
 from geta.report.files import write_atomically
 from geta.subnet.comparison import max_difference
 
-from .facts import RESULTS, dated, machine, table, versions
+from .facts import RESULTS, dated, machine, results_folder, table, versions
 from .zoo.catalogue import catalogue, find
 from .zoo.check import Record
 from .zoo.entry import Entry
@@ -235,7 +235,7 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--fresh", action="store_true", help="compare again what has a record")
     parser.add_argument("--failed", action="store_true", help="compare again what has a record of a failure")
-    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--out", type=results_folder, default=RESULTS)
     options = parser.parse_args()
     run = Run(options.out / "export_parity", options.jobs, limit=_LIMIT, target=in_child)
     entries = [entry for name, entry in catalogue().items() if any(fnmatch.fnmatchcase(name, pattern) for pattern in CHOSEN)]

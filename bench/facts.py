@@ -17,9 +17,16 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from geta.report.files import write_atomically, write_json
+from geta.report.files import prepare_folder, write_atomically, write_json
 
 RESULTS = Path(__file__).resolve().parent / "results"
+
+
+def results_folder(text: str) -> Path:
+    """What `--out` names, there and writable before anything is measured."""
+    folder = Path(text)
+    prepare_folder(folder)
+    return folder
 
 
 def dated(stem: str, suffix: str = ".md", folder: Path = RESULTS) -> Path:

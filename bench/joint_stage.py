@@ -35,7 +35,7 @@ from geta.recipes.nets.resnet import resnet20
 from geta.recipes.norms import set_momentum
 from geta.report.files import prepare_folder
 
-from .facts import RESULTS, machine, recorded, spread, table, versions, written
+from .facts import RESULTS, machine, recorded, results_folder, spread, table, versions, written
 
 RECORDS = RESULTS / "joint_stage"
 BATCH = 64
@@ -223,7 +223,7 @@ def main() -> None:
     parser.add_argument("--norm-momentum", type=float, default=Setting.norm_momentum)
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--fresh", action="store_true")
-    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--out", type=results_folder, default=RESULTS)
     options = parser.parse_args()
     protocol = {name: getattr(options, name) for name in ("epochs", "learning_rate", "norm_momentum")}
     chosen = settings(options.networks, options.rules, options.seeds, **protocol)

@@ -31,7 +31,7 @@ from geta.integrations.evaluate import perplexity
 from geta.quant.surrogate import Surrogate
 from geta.report.files import folder_bytes, prepare_folder
 
-from .facts import RESULTS, machine, recorded, spread, table, versions, written
+from .facts import RESULTS, machine, recorded, results_folder, spread, table, versions, written
 
 _HELD_OUT = 32_768
 _PROMPTS, _WRITTEN, _ROUNDS = 4, 48, 15
@@ -204,7 +204,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=Size.steps)
     parser.add_argument("--jobs", type=int, default=2)
-    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--out", type=results_folder, default=RESULTS)
     options = parser.parse_args()
     folder = options.out / "language"
     prepare_folder(folder)

@@ -28,7 +28,7 @@ from geta.quant import quantizers
 from geta.report.files import folder_bytes, prepare_folder
 from geta.report.runtimes import has_dot_products, measure
 
-from .facts import RESULTS, machine, recorded, table, versions, written
+from .facts import RESULTS, machine, recorded, results_folder, table, versions, written
 
 SPARSITY, BITS, PROFILE = 0.5, 8, "cpu"
 _SEED = 0
@@ -216,7 +216,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--fresh", action="store_true")
-    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--out", type=results_folder, default=RESULTS)
     options = parser.parse_args()
     folder = options.out / "latency"
     prepare_folder(folder)

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from bench.facts import RESULTS, dated, machine, table, versions
+from bench.facts import RESULTS, dated, machine, results_folder, table, versions
 from geta.quant import Bits, Quantizer, native, native_status, ops
 from geta.report.files import write_atomically
 from geta.report.latency import interleaved
@@ -120,7 +120,7 @@ def main() -> None:
     parser.add_argument("--sizes", type=int, nargs="+", default=list(SIZES))
     parser.add_argument("--threads", type=int, nargs="+", default=list(THREADS))
     parser.add_argument("--rounds", type=int, default=31)
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the report")
+    parser.add_argument("--out", type=results_folder, default=RESULTS, help="folder of the report")
     options = parser.parse_args()
     text = report(options.sizes, options.threads, options.rounds)
     target = dated("quantizer_kernels", folder=options.out)

@@ -15,7 +15,6 @@ import copy
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -25,7 +24,7 @@ from torch import Tensor, nn
 
 import geta
 from bench.digits import Digits, load_digits
-from bench.facts import RESULTS, dated, machine, spread, table, versions
+from bench.facts import RESULTS, dated, machine, results_folder, spread, table, versions
 from geta.optim import CRITERIA, GroupIndex, GroupStatistics, Saliency
 from geta.optim.saliency import DEFAULT_WEIGHTS, Criterion, group_statistics
 from geta.optim.selection import Selector
@@ -206,7 +205,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=240, help="training steps; fine-tuning takes half as many")
     parser.add_argument("--sparsities", type=float, nargs="+", default=[0.3, 0.5, 0.7])
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the report")
+    parser.add_argument("--out", type=results_folder, default=RESULTS, help="folder of the report")
     options = parser.parse_args(arguments)
     data = load_digits()
     runs = []

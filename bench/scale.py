@@ -20,9 +20,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from geta.report.files import prepare_folder, write_atomically
+from geta.report.files import write_atomically
 
-from .facts import RESULTS, dated, machine, table, versions
+from .facts import RESULTS, dated, machine, results_folder, table, versions
 
 ROOT = Path(__file__).resolve().parents[1]
 SEQUENCE, TOKENS, GPUS = 16, 4096, 8
@@ -250,7 +250,7 @@ def main() -> int:
     parser.add_argument("--only", default="*", metavar="GLOB", help=f"of {', '.join(config.name for config in MODELS)}")
     parser.add_argument("--one", metavar="NAME", help="measure this one here and print a JSON record")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--out", type=results_folder, default=RESULTS)
     options = parser.parse_args()
     if options.one is not None:
         print(json.dumps(measure(next(config for config in MODELS if config.name == options.one))))
@@ -258,7 +258,6 @@ def main() -> int:
     chosen = [config for config in MODELS if fnmatch.fnmatchcase(config.name, options.only)]
     if not chosen:
         parser.error(f"no model is called '{options.only}'")
-    prepare_folder(options.out)
     records = []
     for config in chosen:
         records.append(in_a_process(config, options.threads))

@@ -17,12 +17,11 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from pathlib import Path
 
 import torch
 
 from bench import step_candidates, step_memory
-from bench.facts import RESULTS, dated, machine, table, versions
+from bench.facts import RESULTS, dated, machine, results_folder, table, versions
 from bench.step_candidates import PLAIN, Candidate
 from bench.step_nets import TASKS, Task
 from geta.quant import native_status
@@ -150,7 +149,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--memory", action=argparse.BooleanOptionalAction, default=True)
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the report")
+    parser.add_argument("--out", type=results_folder, default=RESULTS, help="folder of the report")
     options = parser.parse_args()
     tasks = [task for name, task in TASKS.items() if fnmatchcase(name, options.only)]
     if not tasks:

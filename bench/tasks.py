@@ -18,7 +18,7 @@ from torch import Tensor, nn
 import geta
 from bench.digits import accuracy, load_digits
 
-from .facts import RESULTS
+from .facts import RESULTS, results_folder
 from .joint_stage import vgg7
 
 _LINES = 60_000
@@ -148,7 +148,7 @@ def task_options(description: str | None, names: list[str]) -> argparse.Argument
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=0, help="steps of each run; 0 = the task's own number")
     parser.add_argument("--jobs", type=int, default=2)
-    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--out", type=results_folder, default=RESULTS)
     return parser
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from geta.report.files import write_atomically
 
-from .facts import RESULTS, dated, machine, table, versions
+from .facts import RESULTS, dated, machine, results_folder, table, versions
 from .peers import CLASSES, LIMIT, RATIO, in_child
 from .zoo import from_torchvision
 from .zoo.entry import Entry
@@ -160,7 +160,7 @@ def main() -> int:
     parser.add_argument("--only", default="*", metavar="GLOB", help="names to compare, e.g. 'torchvision/resnet*'")
     parser.add_argument("--jobs", type=int, default=1, help="processes at a time; more than the cores allow spoils the timings")
     parser.add_argument("--fresh", action="store_true", help="measure again what has a record")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the report; records go into its tp/")
+    parser.add_argument("--out", type=results_folder, default=RESULTS, help="folder of the report; records go into its tp/")
     options = parser.parse_args()
     run = Run(options.out / "tp", options.jobs, limit=_BOTH * len(STEPS) * LIMIT, target=in_child)
     entries = classifiers()

@@ -20,8 +20,8 @@ import torch
 from torch import nn
 
 from bench.clock import timed_analysis
-from bench.facts import RESULTS, dated, deadline, machine, quantile, table, versions
-from geta.report.files import prepare_folder, write_atomically
+from bench.facts import RESULTS, dated, deadline, machine, quantile, results_folder, table, versions
+from geta.report.files import write_atomically
 
 from .catalogue import catalogue
 from .check import first_line
@@ -138,13 +138,12 @@ def main() -> int:
     parser.add_argument("--only", default="*", metavar="GLOB", help="names to time, e.g. 'timm/*'")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--limit", type=float, default=_LIMIT, help="seconds per model and device")
-    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--out", type=results_folder, default=RESULTS)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     chosen = [entry for name, entry in catalogue().items() if fnmatch.fnmatchcase(name, options.only)]
     if not chosen:
         parser.error(f"no model of the zoo is called '{options.only}'; python -m bench.zoo.catalogue lists them")
-    prepare_folder(options.out)
     timed_analysis(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)), (torch.randn(2, 4),))  # what is loaded at first use
     packages = versions("torch", "torchvision", "timm", "transformers", "diffusers", "geta")
     path = dated("analysis_time", folder=options.out)
