@@ -83,6 +83,24 @@ def test_a_prediction_stands_beside_a_measurement():
         check_prediction(small, other, table)
 
 
+def test_a_machine_that_became_slower_is_no_wrong_prediction(monkeypatch):
+    _, graph = built("residual", quantized=False)
+    table = measure_layers(graph, batch=1, seconds=0.01)
+    small = geta.compact(graph.model, graph, graph.random_selection(0.5), verify=False)
+    shapes = {grid.key: 3.0 * float(grid.times.flat[-1]) for grid in table.grids}
+    usual = check_prediction(small, graph, table, rounds=2).predicted
+
+    def three_times_slower(calls, *_args, **_kwargs):
+        assert {"network", "empty"} < set(calls) <= {"network", "empty", *shapes}
+        times = {**{name: 0.5 + time for name, time in shapes.items()}, "network": 3.0 * usual, "empty": 0.5}
+        return {name: Latency(*[times[name]] * 4) for name in calls}
+
+    monkeypatch.setattr(module, "interleaved", three_times_slower)
+    found = check_prediction(small, graph, table)
+    assert (found.pace, found.ratio) == (pytest.approx(3.0), pytest.approx(1.0))
+    assert "layers alone take 3.00 times as long as when the table was made, so that is 1.00 times the prediction" in str(found)
+
+
 def test_with_made_up_times_the_networks_come_out_exactly(monkeypatch):
     """What is fitted: a factor, a time per number written and a constant, from two whole networks."""
 

@@ -48,6 +48,7 @@ _FEW = 4
 _STEPS = (8, 4, 2)
 _ROUNDS = 50
 _BURST = 5e-3
+_LARGEST = 5
 _TRUST = 1e-2
 """How much the fit minds a factor other than 1, relative to missing a whole network's time."""
 
@@ -79,10 +80,9 @@ def measure_layers(
     with tempfile.TemporaryDirectory() as folder, torch_threads(threads):
         networks = _networks(graph, runtime, precision, size, threads=threads, folder=Path(folder))
         points = _points(found.layers, networks.integer)
-        calls = {**networks.calls, "empty": empty_call(threads) if runtime == "onnx" else _nothing}
-        for name, (shape, kernel, values) in points.items():
-            eager, integers = runtime == "eager", kernel == "integers"
-            calls[name] = eager_call(shape, values) if eager else onnx_call(shape, values, integers=integers, threads=threads)
+        calls = {**networks.calls, "empty": _empty_call(runtime, threads)}
+        for name, point in points.items():
+            calls[name] = _layer_call(*point, runtime, threads)
         times = {name: one.median for name, one in interleaved(calls, _ROUNDS, warmup=1, seconds=seconds, burst=_BURST).items()}
     grids = _grids(points, {name: max(0.0, times[name] - times["empty"]) for name in points})
     table = LatencyTable(
@@ -100,22 +100,33 @@ def measure_layers(
 
 @dataclass(frozen=True)
 class Prediction:
-    """Latency of a whole network as a table predicts it, and as it was measured just now, in milliseconds."""
+    """Latency of a whole network as a table predicts it, and as it was measured just now, in milliseconds.
+
+    pace: how long the table's largest layers take now, beside the network, as a multiple of what the table says: machines change their
+          speed from minute to minute, and other work slows them down.
+    """
 
     predicted: float
     measured: float
     words: str
+    pace: float = 1.0
+
+    @property
+    def ratio(self) -> float:
+        """Measured over predicted, at the machine's present pace."""
+        return self.measured / (self.predicted * self.pace)
 
     def __str__(self) -> str:
         """One line."""
-        return (
-            f"{self.words}: predicted {self.predicted:.4f} ms, measured {self.measured:.4f} ms ({self.measured / self.predicted:.2f} of it)"
-        )
+        pace = f"layers alone take {self.pace:.2f} times as long as when the table was made"
+        times = f"predicted {self.predicted:.4f} ms, measured {self.measured:.4f} ms"
+        return f"{self.words}: {times}; {pace}, so that is {self.ratio:.2f} times the prediction"
 
 
 def check_prediction(small: CompactModel, graph: DependencyGraph, table: LatencyTable, *, rounds: int = 30) -> Prediction:
     """Measure a compact model as the table's layers were measured, and say what the table predicts for it.
 
+    Its largest layers take turns with the network, so that a machine that is faster or slower than then is told apart from a wrong table.
     graph: what the model was cut with. Raises ConfigError when the model isn't cut from it.
     """
     sizes = {family.name: family.size for family in graph.prunable_families}
@@ -127,8 +138,16 @@ def check_prediction(small: CompactModel, graph: DependencyGraph, table: Latency
     with tempfile.TemporaryDirectory() as folder, torch_threads(table.threads):
         inputs = at_batch(small.flattened(graph.example.args, graph.example.kwargs), table.batch)
         call, _ = _whole(small, table.runtime, table.precision, inputs, threads=table.threads, path=Path(folder) / "small.onnx")
-        measured = interleaved({"network": call}, rounds, burst=_BURST)["network"].median
-    return Prediction(predicted, measured, table.words)
+        largest = sorted(table.grids, key=lambda grid: -grid.times.max())[:_LARGEST]
+        calls = {
+            grid.key: _layer_call(grid.shape, grid.kernel, tuple(axis[-1] for axis in grid.axes), table.runtime, table.threads)
+            for grid in largest
+        }
+        calls |= {"network": call, "empty": _empty_call(table.runtime, table.threads)}
+        times = {name: one.median for name, one in interleaved(calls, rounds, burst=_BURST).items()}
+    then = sum(float(grid.times.flat[-1]) for grid in largest)
+    now = sum(max(0.0, times[grid.key] - times["empty"]) for grid in largest)
+    return Prediction(predicted, times["network"], table.words, now / then if then else 1.0)
 
 
 @dataclass(frozen=True)
@@ -203,6 +222,11 @@ def _whole(small: CompactModel, runtime: str, precision: str, inputs: Sequence[A
     report = export_onnx(small, path, integers=precision == "integers", uint8_weights=not has_dot_products())
     run = runner(path, threads)
     return lambda: run(inputs), report.integer
+
+
+def _layer_call(shape: LayerShape, kernel: str, values: tuple[int, ...], runtime: str, threads: int) -> Call:
+    """One layer of these sizes as a function to time."""
+    return eager_call(shape, values) if runtime == "eager" else onnx_call(shape, values, integers=kernel == "integers", threads=threads)
 
 
 def _points(layers: Sequence[Layer], integer: Sequence[str]) -> dict[str, tuple[LayerShape, str, tuple[int, ...]]]:
@@ -288,5 +312,10 @@ def _machine(runtime: str) -> dict[str, str]:
     return facts
 
 
-def _nothing() -> None:
+def _empty_call(runtime: str, threads: int) -> Call:
     """Takes the time that a call takes."""
+    return empty_call(threads) if runtime == "onnx" else _nothing
+
+
+def _nothing() -> None:
+    """A call of nothing."""
