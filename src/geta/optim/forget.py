@@ -30,7 +30,8 @@ running statistics fell by 25 points for half an epoch. That the one caused the 
 Deviation: except with "descent", rows that a batch normalization scales (`geta.graph.gates`) don't move on the way: gamma and beta of
 the normalization do, and the rows are zero in the period's last step, when nothing depends on them. Shrunk along, they left running
 variances up to five times too large behind, and a ResNet-20 on digits fell to 56 % in evaluation mode for half an epoch while its training
-loss stayed near 0.1 and with running statistics made anew it had 97 %. Shorter and smaller falls of the same kind remain.
+loss stayed near 0.1 and with running statistics made anew it had 97 %. What remains are running statistics some ten steps behind the
+network, which at a large learning rate cost a dense network accuracy too; a faster momentum cures that (`bench.joint_stage`).
 
 Legend: `F` families, `L` quantized layers, `N` pairs (parameter, family).
 """
