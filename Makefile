@@ -25,7 +25,7 @@ PARITY_ARGS ?=
 LANGUAGE_ARGS ?=
 
 .PHONY: help demo test check format zoo fuzz clean
-.PHONY: bench-step bench-joint bench-methods bench-low-bits bench-saliency bench-kernels bench-peers bench-scale bench-latency bench-parity bench-language
+.PHONY: bench-step bench-joint bench-methods bench-low-bits bench-saliency bench-kernels bench-peers bench-scale bench-latency bench-parity bench-language bench-predictions
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 17
@@ -106,6 +106,8 @@ bench-peers: .venv-zoo/.stamp  ## geta and torch-pruning on torchvision's classi
 bench-latency: .venv/.stamp-dev  ## dense, pruned, quantized and compact networks in PyTorch and ONNX Runtime; resumable
 	$(BIN)/python -m bench.latency $(LATENCY_ARGS)
 
+bench-predictions: .venv/.stamp-dev  ## what latency tables predict beside what is measured, on an idle machine; resumable
+	$(BIN)/python -m bench.predictions $(PREDICTIONS_ARGS)
 bench-language: .venv/.stamp-dev  ## a Llama on Python's own text, pruned and quantized, hours; resumable
 	$(BIN)/python -m bench.language --jobs $(WORKERS) $(LANGUAGE_ARGS)
 

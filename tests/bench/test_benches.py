@@ -14,8 +14,9 @@ from bench.zoo.entry import Built, Entry
 from bench.zoo.run import Run, due
 from torch import Tensor, nn
 
-from bench import clock, facts, peers, scale
+from bench import clock, facts, latency, peers, predictions, scale
 from bench import versus_torch_pruning as versus
+from geta.errors import GetaError
 from geta.report.files import write_json
 
 
@@ -25,6 +26,25 @@ def test_a_table_keeps_its_shape() -> None:
     with pytest.raises(ValueError, match="a row has 1 cells and the header 2"):
         facts.table(("model", "s"), [["a"]])
     assert facts.one_line("x" * 300, 10) == "xxxxxxx..."
+
+
+def test_a_folder_for_results_is_there_before_anything_is_measured(tmp_path: Path) -> None:
+    assert facts.results_folder(str(tmp_path / "new" / "results")).is_dir()
+    (tmp_path / "file").touch()
+    with pytest.raises(GetaError, match=r"'.*file' can't be written"):
+        facts.results_folder(str(tmp_path / "file"))
+
+
+def test_predictions_stand_beside_measurements_of_other_networks(monkeypatch: pytest.MonkeyPatch) -> None:
+    def build() -> nn.Module:
+        return nn.Sequential(nn.Linear(8, 64), nn.ReLU(), nn.Linear(64, 4))
+
+    tiny = latency.Net("tiny", "tiny", build, lambda batch: {"input": torch.randn(batch, 8)})
+    monkeypatch.setattr(predictions, "NETS", (tiny,))
+    found = predictions.run("tiny", "integers", 0.01)
+    assert set(found["fitted"]) == {"uncut", "half"}
+    assert len(found["predictions"]) == len(found["shares"]) == 3
+    assert all(one["predicted"] > 0 and one["measured"] > 0 and one["pace"] > 0 for one in found["predictions"])
 
 
 def test_quantiles_are_values_that_were_measured() -> None:
