@@ -25,7 +25,7 @@ PARITY_ARGS ?=
 LANGUAGE_ARGS ?=
 
 .PHONY: help demo test check format zoo fuzz clean
-.PHONY: bench-step bench-joint bench-methods bench-low-bits bench-saliency bench-kernels bench-peers bench-scale bench-latency bench-parity bench-language bench-predictions
+.PHONY: bench-step bench-joint bench-methods bench-low-bits bench-saliency bench-kernels bench-peers bench-scale bench-latency bench-parity bench-language bench-predictions bench-criteria
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 17
@@ -97,6 +97,8 @@ bench-low-bits: .venv/.stamp-dev  ## gradients of the rounding at 2, 3 and 4 bit
 bench-saliency: .venv/.stamp-dev  ## which sign of the cosine marks unimportant groups
 	$(BIN)/python -m bench.saliency_cosine $(SALIENCY_ARGS)
 
+bench-criteria: .venv/.stamp-dev  ## which groups should go: criteria at equal MACs; resumable
+	$(BIN)/python -m bench.criteria --jobs $(WORKERS) $(CRITERIA_ARGS)
 bench-kernels: .venv/.stamp-dev  ## the compiled quantizers against PyTorch's operators
 	$(BIN)/python -m bench.quantizer_kernels $(KERNELS_ARGS)
 
