@@ -1,8 +1,8 @@
 """Gradients of the rounding at 2, 3 and 4 bits: straight-through, StableQAT's Fourier surrogate, DSQ: `python -m bench.low_bits`.
 
-The mean slope of a surrogate is below 1, so at the same learning rate it takes shorter steps on everything that is quantized. Two
+The mean slope of a surrogate is below 1, so with SGD it takes shorter steps on everything that is quantized at the same learning rate. Two
 comparisons therefore: at the same learning rate, and at the same learning rate times mean slope, where the quantized weights' rate is
-divided by the slope. Weights are quantized by LSQ with learned scales per tensor, activations are not; all seeds start from the same
+divided by the slope. Steps of Adam don't depend on the scale of gradients: there the first comparison is the matched one. Weights are quantized by LSQ with learned scales per tensor, activations are not; all seeds start from the same
 networks. Results: bench/results/low_bits_<date>.md and a record per run in bench/results/low_bits/, which a later call reuses.
 """
 
@@ -72,12 +72,13 @@ def main() -> None:
     with ProcessPoolExecutor(options.jobs) as pool:
         for name in options.tasks:
             steps, seeds = options.steps or STEPS[name], range(options.seeds)
-            cases: list[Case] = [("float", None, False), *product(SURROGATES, BITS, (False, True))]
+            kinds = (False,) if task_named(name).scale_free else (False, True)
+            cases: list[Case] = [("float", None, False), *product(SURROGATES, BITS, kinds)]
             cases = [case for case in cases if not (case[2] and _of_slope_one(case[0]))]  # both comparisons are the same run
             waiting = {case: [pool.submit(record, name, case, seed, steps, folder) for seed in seeds] for case in cases}
             found = {case: [future.result()["score"] for future in futures] for case, futures in waiting.items()}
             rows = [["not quantized", "", spread(found["float", None, False]), "", ""]]
-            for matched, surrogate in product((False, True), SURROGATES):
+            for matched, surrogate in product(kinds, SURROGATES):
                 kind = "equal rate times slope" if matched else "equal rate"
                 columns = [spread(found[surrogate, bits, matched and not _of_slope_one(surrogate)]) for bits in BITS]
                 rows.append([surrogate, kind, *columns])

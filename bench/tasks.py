@@ -49,6 +49,8 @@ class Task:
     optimizer: Callable[[Any], torch.optim.Optimizer]
     normalized: bool = False
     """Whether running statistics have to be made before activations are calibrated."""
+    scale_free: bool = False
+    """Whether the optimizer's steps don't depend on how large gradients are, as Adam's."""
 
     def calibration(self, seed: int, count: int = 4) -> list[Tensor]:
         source = self.batches(seed)
@@ -97,7 +99,16 @@ def text() -> Task:
 
     example = (held_out[:2, :-1].clone(),)
     return Task(
-        "text", Llama, example, batches, loss, score, "bits per character", False, lambda groups: torch.optim.AdamW(groups, lr=3e-3)
+        "text",
+        Llama,
+        example,
+        batches,
+        loss,
+        score,
+        "bits per character",
+        False,
+        lambda groups: torch.optim.AdamW(groups, lr=3e-3),
+        scale_free=True,
     )
 
 
