@@ -2,8 +2,9 @@
 
 The mean slope of a surrogate is below 1, so with SGD it takes shorter steps on everything that is quantized at the same learning rate. Two
 comparisons therefore: at the same learning rate, and at the same learning rate times mean slope, where the quantized weights' rate is
-divided by the slope. Steps of Adam don't depend on the scale of gradients: there the first comparison is the matched one. Weights are quantized by LSQ with learned scales per tensor, activations are not; all seeds start from the same
-networks. Results: bench/results/low_bits_<date>.md and a record per run in bench/results/low_bits/, which a later call reuses.
+divided by the slope. Steps of Adam don't depend on the scale of gradients: there the first comparison is the matched one. Weights are
+quantized by LSQ with learned scales per tensor, activations are not; all seeds start from the same networks. Results:
+bench/results/low_bits_<date>.md and a record per run in bench/results/low_bits/, which a later call reuses.
 """
 
 from __future__ import annotations
