@@ -257,6 +257,14 @@ def test_eight_bit_weights_overflow_nowhere_unless_asked(models, tmp_path):
     assert parity(model, uint8_weights=True).largest_step < 1.01
 
 
+@pytest.mark.parametrize("name", list(CASES))
+def test_no_initializer_is_unread(name, models, tmp_path):
+    models(name).export_onnx(tmp_path / "model.onnx")
+    graph = onnx.load(tmp_path / "model.onnx").graph
+    read = {tensor for node in graph.node for tensor in node.input} | {output.name for output in graph.output}
+    assert {initializer.name for initializer in graph.initializer} <= read
+
+
 def test_errors_leave_the_old_file(models, tmp_path, monkeypatch):
     model, path = models("perceptron"), tmp_path / "model.onnx"
     path.write_bytes(b"old")

@@ -70,6 +70,7 @@ def multiply_out(program: Any, names: Iterable[str], columns: Mapping[str, np.nd
     """Write `codes * scale` where a DequantizeLinear would stay at run time: runtimes compute constants once, when they load the file.
 
     They would dequantize such a weight in every run, and ONNX Runtime would round the floating-point numbers that it is multiplied with.
+    What nothing reads any more is removed.
     columns: name -> which of the scales along the axis belongs to each entry, where they are neither one for each nor one for all.
     """
     import onnx_ir as ir
@@ -97,6 +98,9 @@ def multiply_out(program: Any, names: Iterable[str], columns: Mapping[str, np.nd
             for reader, place in [*user.outputs[0].uses()]:
                 reader.replace_input_with(place, product.outputs[0])
             graph.remove(user, safe=True)
+    unread = [name for name, value in graph.initializers.items() if not value.uses() and not value.is_graph_output()]
+    for name in unread:  # scales and zero points of what was a DequantizeLinear
+        del graph.initializers[name]
 
 
 def _picked(graph: Any, name: str, scale: Any, columns: np.ndarray, axis: int) -> tuple[Any, list[Any]]:
