@@ -171,17 +171,23 @@ def run(net: Net, batches: Sequence[int], threads: int, rounds: int) -> dict[str
     return {**found.to_json(), "sizes": sizes, "macs": kept, "integer": len(report.integer), "floating": report.floating}
 
 
-def _compact(
-    dense: nn.Module, inputs: Mapping[str, Tensor], sparsity: float, *, quantized: bool
-) -> tuple[geta.CompactModel, dict[str, int], float]:
-    """The compact model, (bytes on disk, sum of bits in bytes), the share of the MACs that is left."""
-    model = copy.deepcopy(dense)
+def analysed(model: nn.Module, inputs: Mapping[str, Tensor], *, quantized: bool) -> geta.DependencyGraph:
+    """The graph of a model, which gets quantizers of the bench's bits where they are wanted."""
     graph = geta.analyze(model, kwargs=inputs)
     if quantized:
         bits = geta.Bits(BITS, BITS)
         geta.quantize(model, weights=bits, activations=bits, calibration=[dict(inputs)], exclude=(), results_of=graph)
         for quantizer in quantizers(model).values():
             quantizer.round_bits_()
+    return graph
+
+
+def _compact(
+    dense: nn.Module, inputs: Mapping[str, Tensor], sparsity: float, *, quantized: bool
+) -> tuple[geta.CompactModel, dict[str, int], float]:
+    """The compact model, (bytes on disk, sum of bits in bytes), the share of the MACs that is left."""
+    model = copy.deepcopy(dense)
+    graph = analysed(model, inputs, quantized=quantized)
     selection = graph.random_selection(sparsity, seed=_SEED, multiple_of=PROFILE)
     graph.zero_(model, selection)
     small = geta.compact(model, graph, selection).eval()

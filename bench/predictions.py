@@ -20,13 +20,12 @@ from typing import Any
 import torch
 
 import geta
-from geta.quant import quantizers
 from geta.report.files import prepare_folder
 from geta.report.latency_table import Prediction, check_prediction
 from geta.report.runtimes import has_dot_products
 
 from .facts import RESULTS, machine, recorded, results_folder, table, versions, written
-from .latency import BITS, NETS, PROFILE
+from .latency import NETS, PROFILE, analysed
 
 SHARES = (0.2, 0.35, 0.65)
 PRECISIONS = ("floats", "integers")
@@ -39,12 +38,7 @@ def run(name: str, precision: str, seconds: float) -> dict[str, Any]:
     torch.manual_seed(0)
     net = next(net for net in NETS if net.name == name)
     model, inputs = net.build().eval(), net.inputs(2)
-    graph = geta.analyze(model, kwargs=inputs)
-    if precision == "integers":
-        bits = geta.Bits(BITS, BITS)
-        geta.quantize(model, weights=bits, activations=bits, calibration=[dict(inputs)], exclude=(), results_of=graph)
-        for quantizer in quantizers(model).values():
-            quantizer.round_bits_()
+    graph = analysed(model, inputs, quantized=precision == "integers")
     known = geta.measure_layers(graph, precision=precision, batch=1, seconds=seconds)
     found = []
     for share in SHARES:

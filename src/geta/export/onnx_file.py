@@ -74,6 +74,7 @@ def multiply_out(program: Any, names: Iterable[str], columns: Mapping[str, np.nd
     columns: name -> which of the scales along the axis belongs to each entry, where they are neither one for each nor one for all.
     """
     import onnx_ir as ir
+    from onnx_ir.passes import common
 
     graph = program.model.graph
     for name in names:
@@ -98,9 +99,7 @@ def multiply_out(program: Any, names: Iterable[str], columns: Mapping[str, np.nd
             for reader, place in [*user.outputs[0].uses()]:
                 reader.replace_input_with(place, product.outputs[0])
             graph.remove(user, safe=True)
-    unread = [name for name, value in graph.initializers.items() if not value.uses() and not value.is_graph_output()]
-    for name in unread:  # scales and zero points of what was a DequantizeLinear
-        del graph.initializers[name]
+    common.RemoveUnusedNodesPass()(program.model)  # scales and zero points of what was a DequantizeLinear
 
 
 def _picked(graph: Any, name: str, scale: Any, columns: np.ndarray, axis: int) -> tuple[Any, list[Any]]:
